@@ -1,0 +1,1 @@
+"""InfiniteContext: training and evaluation."""
