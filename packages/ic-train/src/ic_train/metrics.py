@@ -1,0 +1,95 @@
+"""Throughput of a training run: tokens per second, FLOP per token, model FLOP utilisation."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from ic_model import ICConfig
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ic_train.data.curriculum import Curriculum
+
+# dense bf16 matrix rate in TFLOP/s by the vendors' data sheets, found by a part of the device's name
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0}
+
+
+def training_flop_per_token(config: ICConfig, tokens_per_sequence: int) -> float:
+    """FLOP of forward and backward per trained token, the way MFU counts them (PaLM, arXiv 2204.02311, app. B).
+
+    Six per weight of the matrix products (the embedding look-up is none, the output projection is one), and
+    three times the forward attention, of which a causal mask needs half:
+    `3 * layers * heads * T * ((P + R) + V)`.
+
+    Args:
+        config: shapes.
+        tokens_per_sequence: T.
+    """
+    query = config.hidden_size * config.num_attention_heads * config.qk_head_dim
+    if config.q_lora_rank is not None:
+        query = config.q_lora_rank * (config.hidden_size + config.num_attention_heads * config.qk_head_dim)
+    up = config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    out = config.num_attention_heads * config.v_head_dim * config.hidden_size
+    feed_forward = 3 * config.hidden_size * config.intermediate_size
+    per_layer = query + config.hidden_size * config.latent_dim + up + out + feed_forward
+    weights = config.num_hidden_layers * per_layer + config.hidden_size * config.vocab_size
+    attention = config.num_hidden_layers * config.num_attention_heads * tokens_per_sequence
+    return 6.0 * weights + 3.0 * attention * (config.qk_head_dim + config.v_head_dim)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 peak of a GPU in TFLOP/s, or None where it is not known (then no MFU is reported)."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+class ThroughputCallback(TrainerCallback):
+    """Adds `tokens_per_s`, `mfu` and the stage's name to what the trainer logs.
+
+    Args:
+        config: of the model that is trained.
+        curriculum: says how many tokens each step had.
+        processes: data-parallel processes, all on devices of one kind.
+    """
+
+    def __init__(self, config: ICConfig, curriculum: Curriculum, processes: int = 1) -> None:
+        self.config = config
+        self.curriculum = curriculum
+        self.processes = processes
+        self.peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self._start_clock(0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start counting, also after a resume."""
+        self._start_clock(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Complete one line of the log."""
+        steps = range(self._first_step, state.global_step)
+        if logs is None or "loss" not in logs or not steps:
+            return
+        seconds = time.perf_counter() - self._started
+        tokens, flop = 0, 0.0
+        for step in steps:
+            stage = self.curriculum.stage_at(step)
+            step_tokens = stage.tokens_per_sequence * stage.sequences_per_step * self.processes
+            tokens += step_tokens
+            flop += step_tokens * training_flop_per_token(self.config, stage.tokens_per_sequence)
+        logs["stage"] = self.curriculum.stage_at(state.global_step - 1).name
+        logs["tokens_per_s"] = round(tokens / seconds)
+        if self.peak is not None:
+            logs["mfu"] = round(flop / seconds / (self.peak * 1e12 * self.processes), 4)
+        self._start_clock(state.global_step)
+
+    def _start_clock(self, step: int) -> None:
+        self._first_step = step
+        self._started = time.perf_counter()

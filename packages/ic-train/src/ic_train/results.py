@@ -1,0 +1,98 @@
+"""Write a measurement the way `bench/results` keeps them: flat rows, with how they came to be."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSIONED = ("torch", "triton", "transformers", "vllm", "numpy")
+
+
+def write_result(results: Path, topic: str, rows: list[dict[str, Any]], *, seed: int | None = None) -> Path:
+    """Write `results/<yyyymmdd>-<gpu>-<topic>/result.json` and return its folder.
+
+    Args:
+        results: usually `bench/results`.
+        topic: short name, letters, digits and dashes.
+        rows: one flat mapping per measurement; raw samples may stand in a list beside the summary.
+        seed: of the run.
+
+    Raises:
+        ValueError: there are no rows, or the topic has other characters.
+    """
+    if not rows:
+        raise ValueError("rows is empty; a result needs at least one measurement")
+    if not re.fullmatch(r"[a-z0-9-]+", topic):
+        raise ValueError(f"topic is {topic!r}; use lower-case letters, digits and dashes")
+    device = device_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("nvidia ", "")).strip("-")
+    folder = results / f"{datetime.datetime.now(datetime.UTC):%Y%m%d}-{slug}-{topic}"
+    folder.mkdir(parents=True, exist_ok=True)
+    commit, dirty = _commit()
+    result = {
+        "topic": topic,
+        "command": _command(),
+        "commit": commit,
+        "dirty": dirty,
+        "gpu": device,
+        "driver": _driver(),
+        "versions": versions(),
+        "seed": seed,
+        "rows": rows,
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return folder
+
+
+def device_name() -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _command() -> str:
+    program = Path(sys.argv[0]).name
+    return " ".join(["ic-train" if program in ("__main__.py", "cli.py") else program, *sys.argv[1:]])
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit and whether the tree differed from it; where there is no repository, what IC_COMMIT says."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("IC_COMMIT"), None
+    return head.stdout.strip(), bool(status.stdout.strip())
+
+
+def _driver() -> str | None:
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return asked.stdout.strip().splitlines()[0]

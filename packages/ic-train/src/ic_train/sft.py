@@ -1,0 +1,175 @@
+"""Supervised training of pass-key retrieval over a curriculum of lengths.
+
+    accelerate launch -m ic_train.sft --config packages/ic-train/recipes/ic-nano/sft.yaml
+
+The recipe's keys are the fields of the three dataclasses below; TRL's parser reads it, so that any key can
+also be given as a flag, and a flag wins over the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from ic_model import ICForCausalLM
+from ic_model.byte_tokenizer import build_byte_tokenizer
+from ic_model.presets import preset
+from transformers import TrainingArguments, set_seed
+from trl import TrlParser
+
+from ic_train.data.corpus import Corpus, load_corpus
+from ic_train.data.curriculum import Curriculum, CurriculumBatches
+from ic_train.metrics import ThroughputCallback
+from ic_train.trainers import PasskeyTrainer
+
+RECORD_FILE = "training.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained.
+
+    Args:
+        preset: name of a shape in ic_model's presets; the weights start from random numbers.
+        attn_implementation: how transformers computes the expanded attention.
+    """
+
+    preset: str = "ic-nano"
+    attn_implementation: str = "sdpa"
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on.
+
+    Args:
+        stages: the curriculum, a list of mappings; see ic_train.data.curriculum.Stage.
+        corpus_paths: text files or folders; default: the sources of the standard library and of the
+            packages that a training environment has anyway.
+        corpus_max_mb: how much of them is used, in million bytes.
+    """
+
+    stages: list[Any] = field(default_factory=list)
+    corpus_paths: list[str] = field(default_factory=list)
+    corpus_max_mb: int = 64
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train as the recipe says, and leave a checkpoint with its record in the output folder."""
+    parser = TrlParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
+    model_arguments, data_arguments, training_arguments = parser.parse_args_and_config(arguments)
+    try:
+        curriculum = Curriculum.from_recipe(data_arguments.stages)
+        corpus = load_corpus(data_arguments.corpus_paths or None, max_mb=data_arguments.corpus_max_mb)
+        _check(training_arguments, curriculum)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    train(model_arguments, training_arguments, curriculum, corpus)
+
+
+def train(
+    model_arguments: ModelArguments, arguments: TrainingArguments, curriculum: Curriculum, corpus: Corpus
+) -> PasskeyTrainer:
+    """Run the curriculum and save the result.
+
+    Args:
+        model_arguments: which model.
+        arguments: optimiser, precision, logging and checkpoints; steps come from the curriculum.
+        curriculum: the stages.
+        corpus: the text.
+
+    Returns:
+        the trainer, with its log.
+    """
+    # before the weights are drawn: the trainer seeds only when it is built
+    set_seed(arguments.seed)
+    config = preset(model_arguments.preset)
+    config._attn_implementation = model_arguments.attn_implementation
+    model = ICForCausalLM(config)
+    arguments.max_steps = curriculum.total_steps
+    # transformers would drop every column that the model's forward does not name, the loss weights among them
+    arguments.remove_unused_columns = False
+    batches = CurriculumBatches(curriculum, corpus.text, seed=arguments.seed, processes=arguments.world_size)
+    trainer = PasskeyTrainer(
+        model, arguments, batches, callbacks=[ThroughputCallback(config, curriculum, arguments.world_size)]
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    wall_s = time.perf_counter() - started
+    if trainer.is_world_process_zero():
+        _save(trainer, model_arguments, curriculum, corpus, wall_s)
+    return trainer
+
+
+def _check(arguments: TrainingArguments, curriculum: Curriculum) -> None:
+    """Refuse settings that the curriculum decides, rather than ignore them."""
+    if arguments.max_steps > 0 and arguments.max_steps != curriculum.total_steps:
+        raise ValueError(
+            f"max_steps is {arguments.max_steps}; the stages have {curriculum.total_steps} steps: leave it out"
+        )
+    if arguments.per_device_train_batch_size != 1:
+        raise ValueError(
+            f"per_device_train_batch_size is {arguments.per_device_train_batch_size}; it must be 1, because "
+            "each item is a whole batch: set the stages' sequences_per_step instead"
+        )
+    if arguments.gradient_accumulation_steps != 1:
+        raise ValueError(
+            f"gradient_accumulation_steps is {arguments.gradient_accumulation_steps}; it must be 1: set the "
+            "stages' sequences_per_step instead"
+        )
+
+
+def _save(
+    trainer: PasskeyTrainer, model_arguments: ModelArguments, curriculum: Curriculum, corpus: Corpus, wall_s: float
+) -> None:
+    """Write the checkpoint in bfloat16, its tokenizer, and how it came to be."""
+    folder = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    build_byte_tokenizer().save_pretrained(folder)
+    record = {
+        "command": _command(),
+        "model": asdict(model_arguments),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "stages": [asdict(stage) for stage in curriculum.stages],
+        "seed": trainer.args.seed,
+        "optimiser": {
+            name: str(getattr(trainer.args, name))
+            for name in ("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm")
+        },
+        "precision": "bf16 autocast" if trainer.args.bf16 else "fp32",
+        "corpus": {"bytes": len(corpus.text), "sha256": corpus.sha256, "sources": corpus.sources},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "wall_s": round(wall_s, 1),
+        "log": trainer.state.log_history,
+    }
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
+    logger.warning("saved %s after %.0f s", folder, wall_s)
+
+
+def _command() -> str:
+    return " ".join(["accelerate launch -m ic_train.sft", *sys.argv[1:]])
+
+
+def _commit() -> str | None:
+    """The commit that was run, or what the environment says it was, where there is no repository."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or os.environ.get("IC_COMMIT")
+
+
+if __name__ == "__main__":
+    main()

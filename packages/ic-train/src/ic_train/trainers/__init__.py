@@ -1,0 +1,5 @@
+"""Trainers: transformers' own, with this project's losses."""
+
+from ic_train.trainers.passkey import PasskeyTrainer
+
+__all__ = ["PasskeyTrainer"]
