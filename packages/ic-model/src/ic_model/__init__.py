@@ -10,6 +10,7 @@ Importing the package registers the architecture with transformers' Auto classes
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ic_model.cache import LatentCache
+from ic_model.checkpoints import checkpoint_path
 from ic_model.configuration import ICConfig
 from ic_model.modeling import ICForCausalLM, ICModel
 
@@ -18,4 +19,4 @@ AutoModel.register(ICConfig, ICModel, exist_ok=True)
 AutoModelForCausalLM.register(ICConfig, ICForCausalLM, exist_ok=True)
 
 __version__ = "0.1.0"
-__all__ = ["ICConfig", "ICForCausalLM", "ICModel", "LatentCache", "__version__"]
+__all__ = ["ICConfig", "ICForCausalLM", "ICModel", "LatentCache", "__version__", "checkpoint_path"]

@@ -82,7 +82,7 @@ def _evaluate_passkey(options: argparse.Namespace) -> int:
         )
         rows.append(
             {
-                "model": options.model,
+                "model": folder.name,
                 "engine": "transformers",
                 "kv_dtype": options.dtype,
                 "task": "passkey",

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from ic_train.data.passkey import ANSWER, PassKey, hide_pass_keys, parse_answer
 from ic_train.evaluation.generation import CachedContext
 
-# a question and its answer with room to spare, in any tokenizer (a byte-level one is the longest)
-_SPARE_TOKENS = 128
+# room for a question and its answer in any tokenizer; a byte-level one needs 49
+_SPARE_TOKENS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,15 +83,15 @@ def evaluate_passkey(
         model: in evaluation mode, on its device.
         tokenizer: the model's.
         haystack: text to hide the keys in.
-        context_tokens: length of each context.
+        context_tokens: length of each context in tokens, the question and its answer included.
         num_contexts: contexts, each with its own stretch of text and its own keys.
         keys_per_context: keys per context.
         seed: of the first context; the others follow.
         chunk_tokens: see CachedContext.
 
     Yields:
-        `context, context_tokens, depth, key, expected, answer, correct, prefill_s`; `context_tokens` is the
-        exact length, which may be a few tokens short of the one asked for.
+        `context, document_tokens, depth, key, expected, answer, correct, prefill_s`; `document_tokens` is the
+        exact length of the document, without question and answer.
     """
     new_tokens = _token_count(tokenizer, ANSWER.format(digits="00000"))
     bar = tqdm(total=num_contexts * keys_per_context, desc=f"{context_tokens} tokens", unit="key")
@@ -100,7 +100,7 @@ def evaluate_passkey(
         document = make_document(
             haystack,
             tokenizer,
-            context_tokens=context_tokens,
+            context_tokens=context_tokens - _SPARE_TOKENS,
             num_keys=keys_per_context,
             seed=seed + context,
         )
@@ -119,7 +119,7 @@ def evaluate_passkey(
                 bar.set_postfix(correct=correct)
                 yield {
                     "context": context,
-                    "context_tokens": len(document.token_ids),
+                    "document_tokens": len(document.token_ids),
                     "depth": round(pass_key.depth, 4),
                     "key": pass_key.key,
                     "expected": pass_key.digits,
