@@ -151,7 +151,7 @@ class CurriculumBatches(Dataset[dict[str, torch.Tensor]]):
         )
         positions = skipped_positions(
             rng,
-            num_sequences=stage.sequences_per_step,
+            batch.boundaries,
             tokens_per_sequence=stage.tokens_per_sequence,
             window_tokens=stage.window_tokens,
         )

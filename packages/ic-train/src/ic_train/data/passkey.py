@@ -55,10 +55,12 @@ class PasskeyBatch:
     Args:
         tokens: `[B, T + 1]` uint8, one more than the sequence so that inputs and labels are two views.
         answer_index: `[Q * 5]` int64, places of the answers' digits among the T labels.
+        boundaries: `[B, K + 1]` int64, where each needle starts and where the questions start.
     """
 
     tokens: np.ndarray
     answer_index: np.ndarray
+    boundaries: np.ndarray
 
 
 class _Template:
@@ -131,7 +133,11 @@ def passkey_batch(
     )
     tokens[:, body:] = questions.reshape(num_sequences, -1)
     first_digits = body - 1 + np.arange(num_questions) * QUESTION_TOKENS + _QUESTION_TEMPLATE.digits_at
-    return PasskeyBatch(tokens=tokens, answer_index=(first_digits[:, None] + np.arange(KEY_DIGITS)).ravel())
+    return PasskeyBatch(
+        tokens=tokens,
+        answer_index=(first_digits[:, None] + np.arange(KEY_DIGITS)).ravel(),
+        boundaries=np.concatenate([places, np.full((num_sequences, 1), body)], axis=1),
+    )
 
 
 def random_key(rng: np.random.Generator) -> str:
