@@ -147,8 +147,10 @@ class ICModel(ICPreTrainedModel):
         )
 
 
-class ICForCausalLM(ICPreTrainedModel, GenerationMixin):
+class InfiniteContextForCausalLM(ICPreTrainedModel, GenerationMixin):
     """The decoder with its output projection; what `AutoModelForCausalLM` loads.
+
+    transformers writes the class's name into config.json as the architecture, and vLLM finds the model by it.
 
     Args:
         config: shapes; see ICConfig.
@@ -216,3 +218,6 @@ class ICForCausalLM(ICPreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
             model_kwargs["past_key_values"] = LatentCache(self.config.num_hidden_layers)
+
+
+ICForCausalLM = InfiniteContextForCausalLM

@@ -123,6 +123,11 @@ def _check(arguments: TrainingArguments, curriculum: Curriculum) -> None:
             f"per_device_train_batch_size is {arguments.per_device_train_batch_size}; it must be 1, because "
             "each item is a whole batch: set the stages' sequences_per_step instead"
         )
+    if arguments.lr_scheduler_type != "linear":  # transformers' default
+        raise ValueError(
+            f"lr_scheduler_type is {arguments.lr_scheduler_type}; leave it out: the stages' "
+            "learning_rate_start and learning_rate_end decide"
+        )
     if arguments.gradient_accumulation_steps != 1:
         raise ValueError(
             f"gradient_accumulation_steps is {arguments.gradient_accumulation_steps}; it must be 1: set the "
@@ -146,7 +151,7 @@ def _save(
         "seed": trainer.args.seed,
         "optimiser": {
             name: str(getattr(trainer.args, name))
-            for name in ("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm")
+            for name in ("optim", "learning_rate", "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay", "max_grad_norm")
         },
         "precision": "bf16 autocast" if trainer.args.bf16 else "fp32",
         "corpus": {"bytes": len(corpus.text), "sha256": corpus.sha256, "sources": corpus.sources},

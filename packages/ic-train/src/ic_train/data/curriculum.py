@@ -32,6 +32,8 @@ class Stage:
         text_weight: weight of the text's mean loss beside the answers' mean loss, which counts 1.
         min_answer_accuracy: the run stops with an error where the last steps of the stage answer a smaller
             share of the pass keys; 0 never stops. A model that missed a short stage never learns a long one.
+        learning_rate_start: factor on the run's learning rate at the stage's first step.
+        learning_rate_end: the same at its last step; linear in between.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Stage:
     window_tokens: int = 0
     text_weight: float = 0.5
     min_answer_accuracy: float = 0.0
+    learning_rate_start: float = 1.0
+    learning_rate_end: float = 1.0
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -98,6 +102,15 @@ class Curriculum:
                 return stage
             step -= stage.steps
         raise IndexError(f"step is past the curriculum's {self.total_steps} steps")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor on the run's learning rate at a step, counted from 0; 0 once all steps are done."""
+        for stage in self.stages:
+            if step < stage.steps:
+                progress = step / max(stage.steps - 1, 1)
+                return stage.learning_rate_start + progress * (stage.learning_rate_end - stage.learning_rate_start)
+            step -= stage.steps
+        return 0.0
 
     def stage_ending_at(self, finished_steps: int) -> Stage | None:
         """The stage whose last step was the `finished_steps`-th, or None in mid-stage."""

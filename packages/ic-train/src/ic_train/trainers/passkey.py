@@ -46,11 +46,28 @@ class PasskeyTrainer(Trainer):
         )
         # the loss is a mean over the batch already, whatever number of tokens it has
         self.model_accepts_loss_kwargs = False
+        self.curriculum = train_dataset.curriculum
         self._answered: list[torch.Tensor] = []
         self._gate: list[torch.Tensor] = []
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         return SequentialSampler(self.train_dataset)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rate that the stages ask for, after a linear warm-up of `warmup_steps`."""
+        if self.lr_scheduler is None:
+            warmup_steps = self.args.get_warmup_steps(num_training_steps)
+
+            def factor(step: int) -> float:
+                warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+                return warmup * self.curriculum.learning_rate_factor(step)
+
+            chosen = optimizer if optimizer is not None else self.optimizer
+            assert chosen is not None, "the trainer creates its optimiser first"
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
+        return self.lr_scheduler
 
     def compute_loss(
         self,
