@@ -55,11 +55,13 @@ class PasskeyBatch:
     Args:
         tokens: `[B, T + 1]` uint8, one more than the sequence so that inputs and labels are two views.
         answer_index: `[Q * 5]` int64, places of the answers' digits among the T labels.
+        key_index: `[Q * 6]` int64, places of the questions' keys among the T labels.
         boundaries: `[B, K + 1]` int64, where each needle starts and where the questions start.
     """
 
     tokens: np.ndarray
     answer_index: np.ndarray
+    key_index: np.ndarray
     boundaries: np.ndarray
 
 
@@ -132,10 +134,12 @@ def passkey_batch(
         np.take_along_axis(keys, asked, axis=1), np.take_along_axis(digits, asked, axis=1)
     )
     tokens[:, body:] = questions.reshape(num_sequences, -1)
-    first_digits = body - 1 + np.arange(num_questions) * QUESTION_TOKENS + _QUESTION_TEMPLATE.digits_at
+    # labels are one ahead of the tokens
+    asked_at = body - 1 + np.arange(num_questions)[:, None] * QUESTION_TOKENS
     return PasskeyBatch(
         tokens=tokens,
-        answer_index=(first_digits[:, None] + np.arange(KEY_DIGITS)).ravel(),
+        answer_index=(asked_at + _QUESTION_TEMPLATE.digits_at + np.arange(KEY_DIGITS)).ravel(),
+        key_index=(asked_at + _QUESTION_TEMPLATE.key_at + np.arange(KEY_LETTERS)).ravel(),
         boundaries=np.concatenate([places, np.full((num_sequences, 1), body)], axis=1),
     )
 
