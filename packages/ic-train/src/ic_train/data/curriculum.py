@@ -30,8 +30,8 @@ class Stage:
         max_questions: questions per sequence, never more than needles.
         window_tokens: positions are skipped up to this length; 0 skips none.
         text_weight: weight of the text's mean loss beside the answers' mean loss, which counts 1.
-        key_weight: the same for the keys in the questions. All but their first letters can be told from the
-            needles, and a model that continues a key has learned to look it up.
+        key_weight: the same for the keys in the questions, of which all but the first letters can be told
+            from the needles.
         min_answer_accuracy: the run stops with an error where the last steps of the stage answer a smaller
             share of the pass keys; 0 never stops. A model that missed a short stage never learns a long one.
         learning_rate_start: factor on the run's learning rate at the stage's first step.
