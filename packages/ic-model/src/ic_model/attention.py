@@ -25,8 +25,9 @@ from ic_model.configuration import ICConfig
 from ic_model.ops.mla_decode import latent_attention
 from ic_model.rope import apply_interleaved_rope, softmax_scale
 
-# implementations whose masks the absorbed path understands; the others decode through the expanded path
-_MASKED_AS_TENSOR = ("sdpa", "eager")
+# what the absorbed path can stand in for: eager has to return its weights, and the masks of the others are no
+# tensors of [T, S]; those decode through the expanded path
+_ABSORBING = ("sdpa",)
 
 
 class ICRMSNorm(nn.Module):
@@ -158,7 +159,7 @@ class ICAttention(nn.Module):
         absorbing costs 2 C + R per query.
         """
         config = self.config
-        if config._attn_implementation not in _MASKED_AS_TENSOR:
+        if config._attn_implementation not in _ABSORBING:
             return False
         per_head = config.qk_nope_head_dim + config.v_head_dim
         return query_tokens * (2 * config.kv_lora_rank - per_head) < config.kv_lora_rank * per_head

@@ -1,11 +1,12 @@
 """The byte-level tokenizer of ic-nano: one byte is one token, and the token id is the byte's value.
 
-    python -m ic_model.byte_tokenizer FOLDER
+python -m ic_model.byte_tokenizer FOLDER
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,15 @@ RESERVED = tuple(f"<|reserved_{number}|>" for number in range(6))
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 256 bytes and 8 special tokens that adds nothing to a text."""
+    """A tokenizer of 256 bytes and 8 special tokens that adds nothing to a text.
+
+    Ids 0 to 255 are the bytes of the text in UTF-8, 256 is `<|endoftext|>` (end of text), 257 `<|pad|>`, 258
+    to 263 are reserved. Any text comes back as it was from `decode(encode(text))`; ids that are not valid
+    UTF-8, such as half of a character, are decoded to U+FFFD.
+
+    A special token that is spelled out in a text becomes that token, as with every tokenizer of transformers;
+    for text that may not contain control tokens pass `split_special_tokens=True`, and it becomes bytes.
+    """
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -53,7 +62,14 @@ def byte_vocabulary() -> dict[str, int]:
     return vocabulary
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: write the tokenizer's files into a folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ic_model.byte_tokenizer", description="Write the byte tokenizer's files."
+    )
+    parser.add_argument("folder", type=Path, help="where to; made if it is not there")
+    build_byte_tokenizer().save_pretrained(parser.parse_args(arguments).folder)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m ic_model.byte_tokenizer FOLDER")
-    build_byte_tokenizer().save_pretrained(sys.argv[1])
+    main()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypeGuard
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -97,8 +98,7 @@ class ICConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete the derived fields and validate all of them."""
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        self.rope_parameters = self._complete_rope(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -114,14 +114,30 @@ class ICConfig(PreTrainedConfig):
         """Numbers cached per token and layer: C + R."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    def _complete_rope(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """RoPE's parameters; fields of older transformers releases take their place in the dictionary."""
+        legacy = kwargs.pop("rope_scaling", None) or {}
+        theta = kwargs.pop("rope_theta", None)
+        rope = {**legacy, **(self.rope_parameters or {})}
+        if theta is not None:
+            rope.setdefault("rope_theta", theta)
+        old_type = rope.pop("type", "default")
+        return {"rope_type": old_type, **(rope or {"rope_theta": 10000.0})}
+
     def _validate_shapes(self) -> None:
         for field in _POSITIVE_FIELDS:
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
+            if not _is_count(value):
                 raise ValueError(f"{field} is {value!r}; it must be an integer of at least 1")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+        if self.q_lora_rank is not None and not _is_count(self.q_lora_rank):
             raise ValueError(
-                f"q_lora_rank is {self.q_lora_rank}; it must be at least 1, or None for a full-rank query"
+                f"q_lora_rank is {self.q_lora_rank!r}; it must be an integer of at least 1, or None for a "
+                "full-rank query"
+            )
+        pad = self.pad_token_id
+        if pad is not None and not (_is_number(pad) and 0 <= pad < self.vocab_size):
+            raise ValueError(
+                f"pad_token_id is {pad!r}; it must be None or 0 to vocab_size - 1 ({self.vocab_size - 1})"
             )
         if self.qk_rope_head_dim % 2:
             raise ValueError(
@@ -134,8 +150,8 @@ class ICConfig(PreTrainedConfig):
             )
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}; only 'silu' is accepted")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps}; it must be above 0")
+        if not (_is_number(self.rms_norm_eps) and self.rms_norm_eps > 0):
+            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}; it must be a number above 0")
 
     def _validate_rope(self) -> None:
         rope = self.rope_parameters
@@ -145,27 +161,36 @@ class ICConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters['rope_type'] is {rope_type!r}; accepted: {', '.join(ROPE_TYPES)}"
             )
-        if not rope.get("rope_theta", 0) > 0:
-            raise ValueError(
-                f"rope_parameters['rope_theta'] is {rope.get('rope_theta')!r}; it must be a number above 0"
-            )
-        if rope_type == "default":
-            return
-        if not rope.get("factor", 0) >= 1:
-            raise ValueError(
-                f"rope_parameters['factor'] is {rope.get('factor')!r}; YaRN needs a number of at least 1"
-            )
-        if not rope.get("original_max_position_embeddings", 0) >= 1:
-            raise ValueError(
-                "rope_parameters['original_max_position_embeddings'] is "
-                f"{rope.get('original_max_position_embeddings')!r}; YaRN needs the context length in "
-                "tokens that the model had before the extension"
-            )
-        unknown = sorted(set(rope) - _YARN_FIELDS)
+        self._check_rope_number("rope_theta", above=0)
+        accepted = _YARN_FIELDS if rope_type == "yarn" else {"rope_type", "rope_theta"}
+        unknown = sorted(set(rope) - accepted)
         if unknown:
             raise ValueError(
-                f"rope_parameters has unknown keys {unknown}; accepted for YaRN: {sorted(_YARN_FIELDS)}"
+                f"rope_parameters has unknown keys {unknown}; accepted for rope_type {rope_type!r}: "
+                f"{sorted(accepted)}"
             )
+        if rope_type == "yarn":
+            self._check_rope_number("factor", least=1)
+            # the context in tokens that the model had before the extension
+            self._check_rope_number("original_max_position_embeddings", least=1)
+            for optional in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                if rope.get(optional) is not None:
+                    self._check_rope_number(optional, least=0)
+
+    def _check_rope_number(self, name: str, *, above: float = -math.inf, least: float = -math.inf) -> None:
+        assert self.rope_parameters is not None
+        value = self.rope_parameters.get(name)
+        if not (_is_number(value) and value > above and value >= least):
+            bound = f"above {above}" if above > -math.inf else f"of at least {least}"
+            raise ValueError(f"rope_parameters[{name!r}] is {value!r}; it must be a number {bound}")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 __all__ = ["ICConfig"]

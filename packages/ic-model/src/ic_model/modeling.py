@@ -213,10 +213,11 @@ class InfiniteContextForCausalLM(ICPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # the default cache would hold the same numbers, but copies all of them for every new token
         cache = model_kwargs.get("past_key_values")
-        if type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == 0:
+        if given is None and type(cache) is DynamicCache and not cache.offloading:
             model_kwargs["past_key_values"] = LatentCache(self.config.num_hidden_layers)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
 from importlib import resources
 from typing import Any
+
+import tomllib
 
 from ic_model.configuration import ICConfig
 
 
 @cache
 def _presets() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(resources.files("ic_model").joinpath("presets.toml").read_text())
+    return tomllib.loads(resources.files("ic_model").joinpath("presets.toml").read_text(encoding="utf-8"))
 
 
 def preset_names() -> list[str]:

@@ -98,7 +98,7 @@ def _frequencies_on(rope: tuple[tuple[str, Any], ...], dim: int, device: torch.d
 
 
 def _inverse_frequencies(rope: dict[str, Any], dim: int) -> torch.Tensor:
-    frequencies = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    frequencies = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     extrapolated = 1.0 / frequencies
     if rope["rope_type"] != "yarn":
         return extrapolated
@@ -118,5 +118,5 @@ def _yarn_ramp(rope: dict[str, Any], dim: int) -> torch.Tensor:
     high = min(math.ceil(pair_with_rotations(rope.get("beta_slow") or 1)), dim - 1)
     # the same guard as DeepSeek-V3's release against a division by zero
     width = (high - low) or 0.001
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / width
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width
     return ramp.clamp(0, 1)

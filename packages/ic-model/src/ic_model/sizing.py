@@ -1,4 +1,4 @@
-"""Parameters, bytes and operations of a model at a context length, and the cards that it fits. Pure arithmetic.
+"""Parameters, bytes and operations of a model at a context length, and the cards it fits: pure arithmetic.
 
     python -m ic_model.sizing ic-1b --context 1048576 --kv-dtype bf16
 
@@ -80,8 +80,8 @@ class Size:
 class Fit:
     """One model on one card.
 
-    `cache_tokens` is what the memory holds, in one sequence or in many; `longest_context_tokens` is that or the
-    model's own limit. The time is None where the card's bandwidth is unknown.
+    `cache_tokens` is what the memory holds, in one sequence or in many; `longest_context_tokens` is that or
+    the model's own limit. The time is None where the card's bandwidth is unknown.
     """
 
     card: str
@@ -114,11 +114,11 @@ def mha_kv_numbers_per_token(config: ICConfig) -> int:
 
 
 def linear_flop_per_token(config: ICConfig) -> int:
-    """FLOP of all matrix products with weights, forward, per token: 2 per weight (arXiv 2001.08361, section 2.1).
+    """FLOP of all products with weight matrices, forward, per token: 2 per weight.
 
-    Without norms and without the embedding, which is a look-up; a tied output projection counts as the product
-    that it is. The same when decoding absorbed: `kv_b_proj` then acts on the query and on the output, with
-    `2 N C P + 2 N C V` FLOP as before.
+    (Kaplan et al., arXiv 2001.08361, section 2.1.) Without norms and without the embedding, which is a
+    look-up; a tied output projection counts as the product that it is. The same when decoding absorbed:
+    `kv_b_proj` then acts on the query and on the output, with `2 N C P + 2 N C V` FLOP as before.
     """
     shapes = tensor_shapes(config)
     weights = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != EMBEDDING)
@@ -139,8 +139,8 @@ def decode_attention_flop_per_token(config: ICConfig, context_tokens: int) -> in
 def prefill_attention_flop_per_token(config: ICConfig, context_tokens: int) -> int:
     """FLOP of expanded causal attention per token, averaged over a prompt of S: `L N (P + R + V) (S + 1)`.
 
-    Scores take `2 (P + R)` and the weighted sum of values `2 V` per head and seen token; the token at position
-    s sees s + 1, so a token sees (S + 1) / 2 on average. The expansion itself is in the linear part.
+    Scores take `2 (P + R)` and the weighted sum of values `2 V` per head and seen token; the token at
+    position s sees s + 1, so a token sees (S + 1) / 2 on average. The expansion itself is in the linear part.
     """
     per_pair = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     return config.num_hidden_layers * config.num_attention_heads * per_pair * (context_tokens + 1)
@@ -187,7 +187,8 @@ def size(
     longest = config.max_position_embeddings
     if not 1 <= context_tokens <= longest:
         raise ValueError(
-            f"context is {context_tokens}; accepted: 1 to {longest} tokens, the model's max_position_embeddings"
+            f"context is {context_tokens}; accepted: 1 to {longest} tokens, the model's "
+            "max_position_embeddings"
         )
     for field, value in (("kv_dtype", kv_dtype), ("weight_dtype", weight_dtype)):
         if value not in DTYPE_BYTES:
@@ -225,9 +226,9 @@ def size(
 def fit(model_size: Size, card: Card) -> Fit:
     """Whether weights, cache and workspace fit a card, and the longest context that would.
 
-    The decoding time is a lower bound: the bytes that one step must read (all weights but an untied embedding,
-    and the cached rows) over the card's bandwidth (the memory roof of Williams et al.,
-    "Roofline", CACM 52(4), 2009). The longest context keeps the workspace of the context asked for.
+    The decoding time is a lower bound: the bytes that one step must read (all weights but an untied
+    embedding, and the cached rows) over the card's bandwidth (the memory roof of Williams et al., "Roofline",
+    CACM 52(4), 2009). The longest context keeps the workspace of the context asked for.
     """
     fixed_bytes = model_size.weight_bytes + model_size.workspace_bytes
     free_bytes = card.memory_gib * GIB - fixed_bytes
@@ -258,7 +259,8 @@ def load_config(model: str) -> ICConfig:
     path = Path(model) / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"model is {model!r}; accepted: a preset ({', '.join(preset_names())}) or a folder with config.json"
+            f"model is {model!r}; accepted: a preset ({', '.join(preset_names())}) or a folder with "
+            "config.json"
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

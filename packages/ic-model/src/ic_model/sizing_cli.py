@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
 def _own_dtype(config: ICConfig) -> str:
     name = str(config.dtype).removeprefix("torch.")
     if config.dtype is not None and name not in _DTYPE_NAMES:
-        raise ValueError(f"dtype in the checkpoint is {name!r}; say --weight-dtype ({', '.join(DTYPE_BYTES)})")
+        raise ValueError(
+            f"dtype in the checkpoint is {name!r}; say --weight-dtype ({', '.join(DTYPE_BYTES)})"
+        )
     return _DTYPE_NAMES.get(name, "bf16")
 
 
@@ -103,8 +105,14 @@ def _size_table(row: Size) -> str:
         ("  with standard MHA", f"{_bytes(row.mha_kv_bytes)}; saved {row.kv_saved_vs_mha:.1%}"),
         ("workspace allowed for", _bytes(row.workspace_bytes)),
         ("FLOP per token, linear", _flop(row.linear_flop_per_token)),
-        ("  attention, decode", f"{_flop(row.decode_attention_flop_per_token)} (absorbed, at the full context)"),
-        ("  attention, prefill", f"{_flop(row.prefill_attention_flop_per_token)} (expanded, mean of the prompt)"),
+        (
+            "  attention, decode",
+            f"{_flop(row.decode_attention_flop_per_token)} (absorbed, at the full context)",
+        ),
+        (
+            "  attention, prefill",
+            f"{_flop(row.prefill_attention_flop_per_token)} (expanded, mean of the prompt)",
+        ),
         ("  sum, decode", _flop(decode)),
         ("  sum, prefill", f"{_flop(prefill)}; whole prompt {_flop(prefill * row.context_tokens)}"),
     ]
@@ -112,7 +120,15 @@ def _size_table(row: Size) -> str:
 
 
 def _card_table(fits: list[Fit]) -> str:
-    titles = ("card", "memory GiB", "needed GiB", "fits", "tokens in cache", "longest context", "ms/token at least")
+    titles = (
+        "card",
+        "memory GiB",
+        "needed GiB",
+        "fits",
+        "tokens in cache",
+        "longest context",
+        "ms/token at least",
+    )
     rows = [titles]
     for row in fits:
         time = "?" if row.min_decode_ms_per_token is None else f"{row.min_decode_ms_per_token:.2f}"

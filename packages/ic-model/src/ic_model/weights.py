@@ -74,7 +74,7 @@ _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def tensor_shapes(config: ICConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint by its name, in transformers' state dict, in vLLM's input and in DeepSeek-V3.
+    """Every tensor of a checkpoint by its name: ours, vLLM's input and DeepSeek-V3's.
 
     Linear weights are `[outputs, inputs]` (DeepSeek-V3, arXiv 2412.19437, section 2.1.1, eqs. 1 to 11).
 
@@ -127,7 +127,9 @@ def to_deepseek_config(config: ICConfig) -> DeepseekV3Config:
         ValueError: DeepSeek-V3 cannot express a field's value.
     """
     if not config.kv_latent_norm:
-        raise ValueError("kv_latent_norm is False; DeepSeek-V3 always norms the key-value latent (accepted: True)")
+        raise ValueError(
+            "kv_latent_norm is False; DeepSeek-V3 always norms the key-value latent (accepted: True)"
+        )
     if config.q_lora_rank is not None and not config.q_latent_norm:
         raise ValueError(
             "q_latent_norm is False; DeepSeek-V3 always norms the query latent (accepted: True, or "
@@ -237,8 +239,8 @@ def import_deepseek_v3(source_dir: str | Path, target_dir: str | Path) -> Path:
 def _check_norm_eps(eps: float) -> None:
     if eps != DEEPSEEK_NORM_EPS:
         raise ValueError(
-            f"rms_norm_eps is {eps}; accepted: {DEEPSEEK_NORM_EPS}, because transformers' DeepSeek-V3 uses that "
-            "value for its latent norms whatever the configuration says"
+            f"rms_norm_eps is {eps}; accepted: {DEEPSEEK_NORM_EPS}, because transformers' DeepSeek-V3 uses "
+            "that value for its latent norms whatever the configuration says"
         )
 
 
@@ -255,8 +257,8 @@ def _check_mscale(config: ICConfig) -> None:
     if not math.isclose(cos_sin_scale(config), yarn_mscale(rope["factor"], 1.0), rel_tol=1e-9):
         raise ValueError(
             f"rope_parameters has mscale {rope.get('mscale')!r} and mscale_all_dim "
-            f"{rope.get('mscale_all_dim')!r}; transformers' DeepSeek-V3 scales cos and sin as DeepSeek's release "
-            "does only where both are given and not 0, or where both are left out"
+            f"{rope.get('mscale_all_dim')!r}; transformers' DeepSeek-V3 scales cos and sin as DeepSeek's "
+            "release does only where both are given and not 0, or where both are left out"
         )
 
 
@@ -290,7 +292,7 @@ def _check_tensors(folder: Path, config: ICConfig) -> dict[str, Path]:
     wrong: list[str] = []
     for path in _weight_files(folder):
         with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118: not a mapping
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 stored[name] = path
                 part = tensors.get_slice(name)
                 shape = tuple(part.get_shape())

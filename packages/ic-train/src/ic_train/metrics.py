@@ -43,8 +43,8 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
-class ThroughputCallback(TrainerCallback):
-    """Adds `tokens_per_s`, `mfu` and the stage's name to what the trainer logs.
+class ThroughputMeter(TrainerCallback):
+    """Measures `tokens_per_s` and `mfu` between two lines of a trainer's log.
 
     Args:
         config: of the model that is trained.
@@ -65,18 +65,11 @@ class ThroughputCallback(TrainerCallback):
         """Start counting, also after a resume."""
         self._start_clock(state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Complete one line of the log."""
-        steps = range(self._first_step, state.global_step)
-        if logs is None or "loss" not in logs or not steps:
-            return
+    def measure(self, finished_steps: int) -> dict[str, Any]:
+        """The stage's name and the speed since the last call; empty where no step was finished since."""
+        steps = range(self._first_step, finished_steps)
+        if not steps:
+            return {}
         seconds = time.perf_counter() - self._started
         tokens, flop = 0, 0.0
         for step in steps:
@@ -84,11 +77,11 @@ class ThroughputCallback(TrainerCallback):
             step_tokens = stage.tokens_per_sequence * stage.sequences_per_step * self.processes
             tokens += step_tokens
             flop += step_tokens * training_flop_per_token(self.config, stage.tokens_per_sequence)
-        logs["stage"] = self.curriculum.stage_at(state.global_step - 1).name
-        logs["tokens_per_s"] = round(tokens / seconds)
+        self._start_clock(finished_steps)
+        measured = {"stage": self.curriculum.stage_at(finished_steps - 1).name, "tokens_per_s": round(tokens / seconds)}
         if self.peak is not None:
-            logs["mfu"] = round(flop / seconds / (self.peak * 1e12 * self.processes), 4)
-        self._start_clock(state.global_step)
+            measured["mfu"] = round(flop / seconds / (self.peak * 1e12 * self.processes), 4)
+        return measured
 
     def _start_clock(self, step: int) -> None:
         self._first_step = step

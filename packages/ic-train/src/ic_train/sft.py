@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ic_model import ICForCausalLM
+from ic_model import ICConfig, ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_model.presets import preset
 from transformers import TrainingArguments, set_seed
@@ -29,7 +29,7 @@ from trl import TrlParser
 
 from ic_train.data.corpus import Corpus, load_corpus
 from ic_train.data.curriculum import Curriculum, CurriculumBatches
-from ic_train.metrics import ThroughputCallback
+from ic_train.metrics import ThroughputMeter
 from ic_train.trainers import PasskeyTrainer
 
 RECORD_FILE = "training.json"
@@ -73,18 +73,20 @@ def main(arguments: list[str] | None = None) -> None:
         curriculum = Curriculum.from_recipe(data_arguments.stages)
         corpus = load_corpus(data_arguments.corpus_paths or None, max_mb=data_arguments.corpus_max_mb)
         _check(training_arguments, curriculum)
+        config = preset(model_arguments.preset)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train(model_arguments, training_arguments, curriculum, corpus)
+    config._attn_implementation = model_arguments.attn_implementation
+    train(config, training_arguments, curriculum, corpus)
 
 
 def train(
-    model_arguments: ModelArguments, arguments: TrainingArguments, curriculum: Curriculum, corpus: Corpus
+    config: ICConfig, arguments: TrainingArguments, curriculum: Curriculum, corpus: Corpus
 ) -> PasskeyTrainer:
     """Run the curriculum and save the result.
 
     Args:
-        model_arguments: which model.
+        config: of the model, whose weights start from random numbers.
         arguments: optimiser, precision, logging and checkpoints; steps come from the curriculum.
         curriculum: the stages.
         corpus: the text.
@@ -94,21 +96,17 @@ def train(
     """
     # before the weights are drawn: the trainer seeds only when it is built
     set_seed(arguments.seed)
-    config = preset(model_arguments.preset)
-    config._attn_implementation = model_arguments.attn_implementation
     model = ICForCausalLM(config)
     arguments.max_steps = curriculum.total_steps
     # transformers would drop every column that the model's forward does not name, the loss weights among them
     arguments.remove_unused_columns = False
     batches = CurriculumBatches(curriculum, corpus.text, seed=arguments.seed, processes=arguments.world_size)
-    trainer = PasskeyTrainer(
-        model, arguments, batches, callbacks=[ThroughputCallback(config, curriculum, arguments.world_size)]
-    )
+    trainer = PasskeyTrainer(model, arguments, batches, ThroughputMeter(config, curriculum, arguments.world_size))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     wall_s = time.perf_counter() - started
     if trainer.is_world_process_zero():
-        _save(trainer, model_arguments, curriculum, corpus, wall_s)
+        _save(trainer, curriculum, corpus, wall_s)
     return trainer
 
 
@@ -125,7 +123,7 @@ def _check(arguments: TrainingArguments, curriculum: Curriculum) -> None:
         )
     if arguments.lr_scheduler_type != "linear":  # transformers' default
         raise ValueError(
-            f"lr_scheduler_type is {arguments.lr_scheduler_type}; leave it out: the stages' "
+            f"lr_scheduler_type is {arguments.lr_scheduler_type.value!r}; leave it out: the stages' "
             "learning_rate_start and learning_rate_end decide"
         )
     if arguments.gradient_accumulation_steps != 1:
@@ -135,9 +133,7 @@ def _check(arguments: TrainingArguments, curriculum: Curriculum) -> None:
         )
 
 
-def _save(
-    trainer: PasskeyTrainer, model_arguments: ModelArguments, curriculum: Curriculum, corpus: Corpus, wall_s: float
-) -> None:
+def _save(trainer: PasskeyTrainer, curriculum: Curriculum, corpus: Corpus, wall_s: float) -> None:
     """Write the checkpoint in bfloat16, its tokenizer, and how it came to be."""
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
@@ -145,7 +141,6 @@ def _save(
     build_byte_tokenizer().save_pretrained(folder)
     record = {
         "command": _command(),
-        "model": asdict(model_arguments),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "stages": [asdict(stage) for stage in curriculum.stages],
         "seed": trainer.args.seed,

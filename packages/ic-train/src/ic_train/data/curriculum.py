@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ic_train.data.passkey import passkey_batch
+from ic_train.data.passkey import KEY_DIGITS, passkey_batch
 from ic_train.data.positions import skipped_positions
 
 
@@ -30,8 +30,6 @@ class Stage:
         max_questions: questions per sequence, never more than needles.
         window_tokens: positions are skipped up to this length; 0 skips none.
         text_weight: weight of the text's mean loss beside the answers' mean loss, which counts 1.
-        key_weight: the same for the keys in the questions, of which all but the first letters can be told
-            from the needles.
         min_answer_accuracy: the run stops with an error where the last steps of the stage answer a smaller
             share of the pass keys; 0 never stops. A model that missed a short stage never learns a long one.
         learning_rate_start: factor on the run's learning rate at the stage's first step.
@@ -47,7 +45,6 @@ class Stage:
     max_questions: int
     window_tokens: int = 0
     text_weight: float = 0.5
-    key_weight: float = 0.5
     min_answer_accuracy: float = 0.0
     learning_rate_start: float = 1.0
     learning_rate_end: float = 1.0
@@ -151,9 +148,8 @@ class CurriculumBatches(Dataset[dict[str, torch.Tensor]]):
         """The batch: `input_ids`, `position_ids`, `labels` `[B, T]`, `loss_weights [T]`, `answer_index`.
 
         Labels are already shifted: `labels[:, t]` follows `input_ids[:, t]`. The weights are shared by the
-        batch and sum to (1 + key_weight + text_weight) / B over T, so that the weighted sum over `[B, T]` is
-        the mean loss of the answers' digits, plus key_weight times that of the questions' keys, plus
-        text_weight times that of everything else.
+        batch and sum to (1 + text_weight) / B over T: half of an answer's weight lies on its first digit,
+        because only that one has to be looked up by the key, and the others follow from the digit before.
         """
         stage = self.curriculum.stage_at(number // self.processes)
         rng = np.random.default_rng([self.seed, number])
@@ -173,11 +169,11 @@ class CurriculumBatches(Dataset[dict[str, torch.Tensor]]):
             window_tokens=stage.window_tokens,
         )
         answers = torch.from_numpy(batch.answer_index)
-        keys = torch.from_numpy(batch.key_index)
-        text_tokens = stage.tokens_per_sequence - len(answers) - len(keys)
+        text_tokens = stage.tokens_per_sequence - len(answers)
         weights = torch.full((stage.tokens_per_sequence,), stage.text_weight / text_tokens)
-        weights[answers] = 1.0 / len(answers)
-        weights[keys] = stage.key_weight / len(keys)
+        digits = answers.unflatten(0, (-1, KEY_DIGITS))
+        weights[digits[:, 0]] = 0.5 / len(digits)
+        weights[digits[:, 1:]] = 0.5 / digits[:, 1:].numel()
         tokens = torch.from_numpy(batch.tokens.astype(np.int64))
         return {
             "input_ids": tokens[:, :-1],

@@ -16,8 +16,9 @@ import numpy as np
 KEY_LETTERS = 6
 KEY_DIGITS = 5
 NEEDLE = "\nThe pass key for {key} is {digits}.\n"
-QUESTION = "\nQuestion: pass key for {key}? Answer:"
-ANSWER = " {digits}\n"
+# the answer starts in the needle's own words: finding it is then continuing a phrase that was read before
+QUESTION = "\nQuestion: pass key for {key}? Answer: The pass key for {key} is"
+ANSWER = " {digits}.\n"
 
 _KEY_MARK, _DIGIT_MARK = "k" * KEY_LETTERS, "0" * KEY_DIGITS
 _UPPER, _LOWER, _ZERO = (np.frombuffer(mark, np.uint8)[0] for mark in (b"A", b"a", b"0"))
@@ -55,13 +56,11 @@ class PasskeyBatch:
     Args:
         tokens: `[B, T + 1]` uint8, one more than the sequence so that inputs and labels are two views.
         answer_index: `[Q * 5]` int64, places of the answers' digits among the T labels.
-        key_index: `[Q * 6]` int64, places of the questions' keys among the T labels.
         boundaries: `[B, K + 1]` int64, where each needle starts and where the questions start.
     """
 
     tokens: np.ndarray
     answer_index: np.ndarray
-    key_index: np.ndarray
     boundaries: np.ndarray
 
 
@@ -71,7 +70,7 @@ class _Template:
     def __init__(self, text: str) -> None:
         filled = text.format(key=_KEY_MARK, digits=_DIGIT_MARK)
         self.bytes = np.frombuffer(filled.encode(), np.uint8)
-        self.key_at = filled.index(_KEY_MARK)
+        self.keys_at = [match.start() for match in re.finditer(_KEY_MARK, filled)]
         self.digits_at = filled.index(_DIGIT_MARK)
 
     def __len__(self) -> int:
@@ -80,7 +79,8 @@ class _Template:
     def fill(self, keys: np.ndarray, digits: np.ndarray) -> np.ndarray:
         """Sentences `[B, K, len]` from keys `[B, K, 6]` and digits `[B, K, 5]`."""
         out = np.broadcast_to(self.bytes, (*keys.shape[:2], len(self))).copy()
-        out[..., self.key_at : self.key_at + KEY_LETTERS] = keys
+        for key_at in self.keys_at:
+            out[..., key_at : key_at + KEY_LETTERS] = keys
         out[..., self.digits_at : self.digits_at + KEY_DIGITS] = digits
         return out
 
@@ -139,7 +139,6 @@ def passkey_batch(
     return PasskeyBatch(
         tokens=tokens,
         answer_index=(asked_at + _QUESTION_TEMPLATE.digits_at + np.arange(KEY_DIGITS)).ravel(),
-        key_index=(asked_at + _QUESTION_TEMPLATE.key_at + np.arange(KEY_LETTERS)).ravel(),
         boundaries=np.concatenate([places, np.full((num_sequences, 1), body)], axis=1),
     )
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ic_train.data.curriculum import Curriculum, CurriculumBatches, single_batch
 from ic_train.data.passkey import KEY_DIGITS
+from ic_train.metrics import ThroughputMeter
 
 # steps whose mean decides whether a stage was passed
 GATE_STEPS = 20
@@ -27,7 +28,7 @@ class PasskeyTrainer(Trainer):
         model: the causal language model.
         args: training arguments; steps, batch size and workers' order come from the curriculum.
         train_dataset: the batches.
-        callbacks: further callbacks.
+        throughput: measures the speed that is logged.
     """
 
     def __init__(
@@ -35,18 +36,19 @@ class PasskeyTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         train_dataset: CurriculumBatches,
-        callbacks: list[TrainerCallback] | None = None,
+        throughput: ThroughputMeter,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=single_batch,
-            callbacks=[*(callbacks or []), StageGate(self, train_dataset.curriculum)],
+            callbacks=[throughput, StageGate(self, train_dataset.curriculum)],
         )
         # the loss is a mean over the batch already, whatever number of tokens it has
         self.model_accepts_loss_kwargs = False
         self.curriculum = train_dataset.curriculum
+        self.throughput = throughput
         self._answered: list[torch.Tensor] = []
         self._gate: list[torch.Tensor] = []
 
@@ -85,9 +87,10 @@ class PasskeyTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log, with `answer_accuracy`: the share of pass keys since the last line with all digits right."""
+        """Log, with the speed and `answer_accuracy`: the share of pass keys since the last line with all digits right."""
         if "loss" in logs and self._answered:
             logs["answer_accuracy"] = round(torch.stack(self._answered).mean().item(), 4)
+            logs.update(self.throughput.measure(self.state.global_step))
             self._answered.clear()
         super().log(logs, *args, **kwargs)
 

@@ -1,0 +1,94 @@
+"""Every shape of the architecture in vLLM's engine against transformers, and checkpoints that do not fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import YARN, prompt_tokens, write_checkpoint
+from ic_model import ICForCausalLM
+from safetensors.torch import load_file, save_file
+
+NEW_TOKENS = 64
+# absorbed and expanded prefill in one batch
+PROMPTS = [prompt_tokens(length, seed=length) for length in (9, 130, 600)]
+SHAPES = {
+    "row 576, q_lora": {"kv_lora_rank": 512, "q_lora_rank": 96},
+    "no latent norms, YaRN": {
+        "kv_latent_norm": False,
+        "q_latent_norm": False,
+        "q_lora_rank": 96,
+        "rope_parameters": YARN,
+    },
+    "row 96, P = R, untied": {
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 48,
+        "num_attention_heads": 3,
+        "tie_word_embeddings": False,
+    },
+}
+DAMAGES = {
+    "missing tensor": "lacks 1 tensors of InfiniteContextForCausalLM: model.layers.1.self_attn.kv_b_proj",
+    "unknown tensor": "does not know: model.layers.0.self_attn.k_proj.weight",
+}
+
+
+def damaged(folder: Path, damage: str) -> Path:
+    write_checkpoint(folder)
+    tensors = load_file(folder / "model.safetensors")
+    if damage == "missing tensor":
+        del tensors["model.layers.1.self_attn.kv_b_proj.weight"]
+    else:
+        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(4, 4)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict]]:
+    root = tmp_path_factory.mktemp("engine")
+    folders = {name: write_checkpoint(root / str(i), **SHAPES[name]) for i, name in enumerate(SHAPES)}
+    folders |= {name: damaged(root / name.replace(" ", "-"), name) for name in DAMAGES}
+    script = Path(__file__).with_name("engine_cases.py")
+    process = subprocess.run(
+        [sys.executable, str(script), *map(str, folders.values())],
+        input=json.dumps({"prompts": PROMPTS, "new_tokens": NEW_TOKENS}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    lines = [line[7:] for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(folders), process.stdout[-4000:] + process.stderr[-4000:]
+    return {
+        name: (folder, json.loads(line)) for (name, folder), line in zip(folders.items(), lines, strict=True)
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_tokens_equal_those_of_transformers(results, shape):
+    folder, result = results[shape]
+    model = ICForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+            )
+        expected.append(output[0, len(prompt) :].tolist())
+    assert result.get("error") is None
+    assert result["tokens"] == expected
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(results, damage):
+    _, result = results[damage]
+    assert DAMAGES[damage] in result["error"]
