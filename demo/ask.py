@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
 import openai
+from ic_train.data.passkey import QUESTION
 
 from demo.document import Document
 from demo.progress import Progress, ticking
@@ -13,8 +15,7 @@ from demo.server import Server
 
 PASS_KEY_ANSWER_TOKENS = 8
 OWN_ANSWER_TOKENS = 64
-# the form the embedded model was trained on, with the user's words in it
-OWN_QUESTION = "\nQuestion: {question} Answer:"
+_PASS_KEY_QUESTION = re.compile(r"(?:.*\s)?pass key for (?P<key>\w+)\s*\?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,20 @@ class Answer:
     text: str
     prompt_tokens: int
     seconds: float
+
+
+def own_prompt(question: str) -> str:
+    """A user's question as it is to stand behind the document.
+
+    One for a pass key takes exactly the form that the embedded model was trained on.
+    """
+    pass_key = _PASS_KEY_QUESTION.fullmatch(question.strip())
+    return QUESTION.format(key=pass_key["key"]) if pass_key else f"\nQuestion: {question.strip()} Answer:"
+
+
+def shown(prompt: str) -> str:
+    """What to show of a question: its words, without the frame that the model wants around them."""
+    return prompt.strip().removeprefix("Question: ").split(" Answer:")[0]
 
 
 class Reader:
@@ -64,7 +79,7 @@ class Reader:
         Raises:
             ServerError: the server died, or took too long.
         """
-        return self._complete(self._document.text + question, answer_tokens, progress, question.strip())
+        return self._complete(self._document.text + question, answer_tokens, progress, shown(question))
 
     def _complete(self, prompt: str, answer_tokens: int, progress: Progress, doing: str) -> Answer:
         started = time.monotonic()

@@ -94,12 +94,13 @@ def ticking(text: Callable[[], str], progress: Progress) -> Iterator[Progress]:
 
 
 def last_log_message(log: Path) -> str:
-    """The message of the last line in vLLM's log format, without its prefix; empty when there is none."""
-    for line in reversed(log_tail(log, lines=200)):
+    """The message of the last line in vLLM's log format, else the last line; empty when there is none."""
+    lines = log_tail(log, lines=200)
+    for line in reversed(lines):
         match = _LOG_LINE.match(line)
         if match:
             return match["message"].strip()
-    return ""
+    return lines[-1] if lines else ""
 
 
 def log_tail(log: Path, *, lines: int) -> list[str]:

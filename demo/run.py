@@ -103,11 +103,11 @@ def _check_fits(
 
 def _longest_question(options: argparse.Namespace, checkpoint: Checkpoint, document: Document) -> int:
     """Tokens of the longest question and its answer together."""
-    from demo.ask import OWN_ANSWER_TOKENS, OWN_QUESTION, PASS_KEY_ANSWER_TOKENS
+    from demo.ask import OWN_ANSWER_TOKENS, PASS_KEY_ANSWER_TOKENS, own_prompt
 
     questions, answer_tokens = [pass_key.question for pass_key in document.pass_keys], PASS_KEY_ANSWER_TOKENS
     if options.questions:
-        questions = [OWN_QUESTION.format(question=question) for question in options.questions]
+        questions = [own_prompt(question) for question in options.questions]
         answer_tokens = OWN_ANSWER_TOKENS
     return max(map(checkpoint.count_tokens, questions)) + answer_tokens
 
@@ -130,10 +130,10 @@ def _ask_all(options: argparse.Namespace, checkpoint: Checkpoint, document: Docu
 
 
 def _own_questions(options: argparse.Namespace, reader: Reader) -> bool:
-    from demo.ask import OWN_ANSWER_TOKENS, OWN_QUESTION
+    from demo.ask import OWN_ANSWER_TOKENS, own_prompt
 
     for question in options.questions:
-        answer = reader.ask(OWN_QUESTION.format(question=question), OWN_ANSWER_TOKENS, Progress())
+        answer = reader.ask(own_prompt(question), OWN_ANSWER_TOKENS, Progress())
         print(
             f"  question  {question}\n  answer    {answer.text or '(empty)'}  ({answer.seconds:.1f} s)",
             flush=True,
@@ -149,7 +149,7 @@ def _own_questions(options: argparse.Namespace, reader: Reader) -> bool:
 def _pass_keys(pass_keys: Sequence[PassKey], reader: Reader) -> bool:
     from ic_train.data.passkey import parse_answer
 
-    from demo.ask import PASS_KEY_ANSWER_TOKENS
+    from demo.ask import PASS_KEY_ANSWER_TOKENS, shown
 
     rows = [("depth", "question", "expected", "answer", "", "seconds")]
     correct, progress = 0, Progress()
@@ -160,7 +160,7 @@ def _pass_keys(pass_keys: Sequence[PassKey], reader: Reader) -> bool:
         rows.append(
             (
                 f"{pass_key.depth:.0%}",
-                pass_key.question.strip().removeprefix("Question: ").removesuffix(" Answer:"),
+                shown(pass_key.question),
                 pass_key.digits,
                 answer.text or "(empty)",
                 "right" if found else "WRONG",

@@ -13,7 +13,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from ic_train.data.passkey import NEEDLE, QUESTION
+
 CONTEXT_TOKENS = 32768
+# the key stands in the question once or more
+QUESTION_PATTERN = re.escape(QUESTION).replace(r"\{key\}", r"(\w+)", 1).replace(r"\{key\}", r"\1") + "$"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -30,12 +34,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = request["prompt"]
-        question = re.search(r"\nQuestion: pass key for (\w+)\? Answer:$", prompt)
+        question = re.search(QUESTION_PATTERN, prompt)
         if question and self.mode == "dies-answering":
             os._exit(9)
         answer = " what?"
         if question:
-            answer = " " + re.search(rf"\nThe pass key for {question[1]} is (\d+)\.\n", prompt)[1]
+            answer = " " + re.search(NEEDLE.format(key=question[1], digits=r"(\d{5})"), prompt)[1]
             if self.mode == "wrong":
                 answer = " 00000"
         usage = {"prompt_tokens": len(prompt.encode()), "completion_tokens": 6, "total_tokens": 0}

@@ -110,6 +110,14 @@ def test_own_questions_need_no_right_answer(demo, fake_vllm, capsys, tmp_path):
     assert "nothing" in output
 
 
+def test_a_pass_key_of_the_users_own(demo, fake_vllm, capsys, tmp_path):
+    fake_vllm("right")
+    document = tmp_path / "mine.txt"
+    document.write_text("Once upon a time.\nThe pass key for MYWORD is 13579.\nThe end.\n")
+    assert demo("--document", str(document), "--question", "What is the pass key for MYWORD?") == 0
+    assert re.search(r"answer +13579", capsys.readouterr().out)
+
+
 def test_a_document_longer_than_the_servers_context_is_refused(demo, fake_vllm, capsys):
     fake = fake_vllm("right")
     assert demo("--tokens", "40000") == 2

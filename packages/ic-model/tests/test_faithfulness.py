@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from ic_model import ICForCausalLM
-from ic_model.rope import cos_sin_scale, softmax_scale, yarn_mscale
+from ic_model.rope import cos_sin_scale, inverse_frequencies, softmax_scale, yarn_mscale
 from ic_model.testing import assert_close
 from ic_model.weights import tensor_shapes, to_deepseek_config
 from tiny_models import YARN, random_ids, tiny_config, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e6},
@@ -96,6 +97,25 @@ def test_mscale_alone_follows_deepseeks_release(mscale: float | None, mscale_all
     assert softmax_scale(config) == pytest.approx(22**-0.5 * yarn_mscale(16.0, mscale_all_dim or 0.0) ** 2)
     with pytest.raises(ValueError, match="mscale"):
         to_deepseek_config(config)
+
+
+@pytest.mark.parametrize("rope_dim", [2, 32, 64])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # DeepSeek-V3's own, then shapes whose ramp starts or ends outside of the pairs
+        {"factor": 40.0, "original_max_position_embeddings": 4096},
+        {"factor": 128.0, "original_max_position_embeddings": 8192, "rope_theta": 130000.0},
+        {"factor": 3.5, "original_max_position_embeddings": 100, "rope_theta": 1e7},
+        {"factor": 8.0, "original_max_position_embeddings": 131072, "beta_fast": 64, "beta_slow": 4},
+        {"factor": 8.0, "original_max_position_embeddings": 10, "rope_theta": 50.0},
+    ],
+)
+def test_yarn_frequencies_equal_transformers(fields: dict[str, Any], rope_dim: int) -> None:
+    config = tiny_config(rope_parameters={**YARN, **fields}, qk_rope_head_dim=rope_dim)
+    expected, scale = ROPE_INIT_FUNCTIONS["yarn"](to_deepseek_config(config), torch.device("cpu"))
+    assert_close(inverse_frequencies(config), expected, "exact", what="frequencies")
+    assert cos_sin_scale(config) == scale
 
 
 def test_mscale_formula() -> None:

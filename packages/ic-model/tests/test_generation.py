@@ -139,6 +139,29 @@ def test_crop(argument: int, left: int) -> None:
         )
 
 
+def test_batch_operations_of_the_cache() -> None:
+    cache = LatentCache(1)
+    rows = torch.randn(3, 5, 28)
+    cache.update(rows[:, None, :, :20], rows[:, None, :, 20:], 0)
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    assert_close(cache.layers[0].rows, rows[order], "exact", what="rows reordered")
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    assert_close(cache.layers[0].rows, rows[[2, 0]], "exact", what="rows selected")
+    cache.batch_repeat_interleave(2)
+    expected = rows[[2, 2, 0, 0]]
+    assert_close(cache.layers[0].rows, expected, "exact", what="rows repeated")
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    new = torch.randn(4, 1, 1, 28)
+    keys, values = cache.update(new[..., :20], new[..., 20:], 0)
+    expected = torch.cat((expected, new[:, 0]), dim=1)
+    assert_close(torch.cat((keys, values), -1)[:, 0], expected, "exact", what="rows after all of it")
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.update(new[..., :20], new[..., 20:], 0)[0].shape == (4, 1, 1, 20)
+
+
 def test_cropping_a_cache_that_was_never_used() -> None:
     cache = LatentCache(2)
     cache.crop(-1)

@@ -167,11 +167,9 @@ def from_deepseek_config(config: DeepseekV3Config) -> ICConfig:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("quantization_config is set; accepted: checkpoints that are not quantised")
     _check_norm_eps(config.rms_norm_eps)
-    # `type` is what rope_type was called in older files; transformers keeps both
-    rope = {name: value for name, value in (config.rope_parameters or {}).items() if name != "type"}
     imported = ICConfig(
         **{field: getattr(config, field) for field in _SHARED_FIELDS},
-        rope_parameters=rope,
+        rope_parameters=dict(config.rope_parameters or {}),
         tie_word_embeddings=config.tie_word_embeddings,
         architectures=["InfiniteContextForCausalLM"],
     )

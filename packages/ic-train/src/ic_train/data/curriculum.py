@@ -195,7 +195,7 @@ def _copying_item(rng: np.random.Generator, stage: Stage) -> dict[str, torch.Ten
     length = stage.tokens_per_sequence
     return _item(
         tokens,
-        positions=torch.arange(length).expand(stage.sequences_per_step, -1),
+        positions=torch.arange(length).repeat(stage.sequences_per_step, 1),
         weights=torch.full((length,), 1 / length),
         answers=torch.arange(length - _COPIED_GROUPS * KEY_DIGITS, length),
     )
