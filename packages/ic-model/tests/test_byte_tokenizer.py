@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from ic_model.byte_tokenizer import END_OF_TEXT, PADDING, RESERVED, build_byte_tokenizer, main
 from ic_model.presets import preset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 TEXTS = {
     "empty": "",

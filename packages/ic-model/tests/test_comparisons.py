@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ic_model.testing import TOLERANCES, assert_close, compare
 
 NAN, INF = torch.nan, torch.inf

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import YARN, random_ids, tiny_config, tiny_model
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from ic_model import ICForCausalLM
 from ic_model.rope import cos_sin_scale, inverse_frequencies, softmax_scale, yarn_mscale
 from ic_model.testing import assert_close
 from ic_model.weights import tensor_shapes, to_deepseek_config
-from tiny_models import YARN, random_ids, tiny_config, tiny_model
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e6},

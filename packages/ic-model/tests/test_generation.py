@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import YARN, random_ids, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+
 from ic_model import ICConfig, ICForCausalLM, LatentCache
 from ic_model.cache import LatentLayer
 from ic_model.testing import assert_close
-from tiny_models import YARN, random_ids, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
 NEW_TOKENS = 12
 # eos would end some sequences early and make lengths differ

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import YARN, random_ids, tiny_config, tiny_model
+
 from ic_model import LatentCache
 from ic_model.attention import ICAttention
 from ic_model.ops.mla_decode import latent_attention, mla_decode
 from ic_model.rope import rope_tables, softmax_scale
 from ic_model.testing import assert_close
-from tiny_models import YARN, random_ids, tiny_config, tiny_model
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tiny_models import YARN, tiny_config
+
 from ic_model import ICConfig
 from ic_model.presets import preset, preset_names
-from tiny_models import YARN, tiny_config
 
 
 @pytest.mark.parametrize(

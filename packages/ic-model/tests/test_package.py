@@ -8,11 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import ic_model
 import pytest
 import torch
-from ic_model.checkpoints import EMBEDDED, checkpoint_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ic_model
+from ic_model.checkpoints import EMBEDDED, checkpoint_path
 
 PACKAGE = Path(ic_model.__file__).parent
 BANNED = {"vllm", "trl", "accelerate", "peft", "datasets", "ic_train", "ic_vllm_plugin"}

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import random_ids, tiny_config, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
 from ic_model import ICForCausalLM
 from ic_model.presets import preset, preset_names
 from ic_model.sizing import CARDS, GIB, Card, fit, linear_flop_per_token, parameter_count, size
 from ic_model.sizing_cli import main
-from tiny_models import random_ids, tiny_config, tiny_model
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import YARN, random_ids, tiny_config, tiny_model
+from torch.nn import functional as F
+
 from ic_model import LatentCache
 from ic_model.rope import apply_interleaved_rope, inverse_frequencies, rope_tables
 from ic_model.testing import assert_close
-from tiny_models import YARN, random_ids, tiny_config, tiny_model
-from torch.nn import functional as F
 
 
 def test_loss_is_the_shifted_cross_entropy() -> None:

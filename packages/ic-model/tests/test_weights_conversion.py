@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import YARN, random_ids, tiny_config, tiny_model
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+
 from ic_model import ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_model.testing import assert_close
@@ -20,9 +24,6 @@ from ic_model.weights import (
     tensor_shapes,
     to_deepseek_config,
 )
-from safetensors.torch import load_file, save_file
-from tiny_models import YARN, random_ids, tiny_config, tiny_model
-from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 NO_MSCALE_PAIR = {**YARN, "mscale": 0.5, "mscale_all_dim": 0.0}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from ic_model import ICConfig, ICForCausalLM
 
 # odd sizes wherever a size may be odd, and no two alike, so that a swapped dimension cannot go unnoticed

@@ -112,7 +112,8 @@ class ICAttention(nn.Module):
         if past_key_values is not None:
             seen_tokens = past_key_values.get_seq_length(self.layer_idx)
             latent, k_rope = (
-                part[:, 0] for part in past_key_values.update(latent[:, None], k_rope[:, None], self.layer_idx)
+                part[:, 0]
+                for part in past_key_values.update(latent[:, None], k_rope[:, None], self.layer_idx)
             )
         if seen_tokens and self._absorbed_is_cheaper(hidden_states.shape[1]):
             rows = self._rows(past_key_values, latent, k_rope)
@@ -170,7 +171,11 @@ class ICAttention(nn.Module):
         return layer.rows if isinstance(layer, LatentLayer) else torch.cat((latent, k_rope), dim=-1)
 
     def _absorbed(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        rows: torch.Tensor,
+        attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention output `[B, T, N, V]` over latent rows `[B, S, C + R]`."""
         key_up, value_up = self.up_projections()
@@ -208,7 +213,14 @@ class ICAttention(nn.Module):
             config._attn_implementation, eager_attention
         )
         return attend(
-            self, query, key, value.transpose(1, 2), attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            self,
+            query,
+            key,
+            value.transpose(1, 2),
+            attention_mask,
+            dropout=0.0,
+            scaling=self.scaling,
+            **kwargs,
         )
 
 

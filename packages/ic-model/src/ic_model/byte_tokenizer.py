@@ -29,7 +29,7 @@ def build_byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            # without merges the split changes no token; it keeps pieces short, as their cost is not linear
+            # without merges the split changes no token; it bounds the pieces, so that no release can be slow
             pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]

@@ -42,7 +42,9 @@ class LatentLayer(DynamicLayer):
         """Allocate the buffer in the dtype and on the device of the first `[B, 1, T, C]` latent."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._latent_dim = key_states.shape[-1]
-        self._grow(key_states.shape[0], max(key_states.shape[-2], self._reserve_tokens), value_states.shape[-1])
+        self._grow(
+            key_states.shape[0], max(key_states.shape[-2], self._reserve_tokens), value_states.shape[-1]
+        )
         self.is_initialized = True
 
     def update(
@@ -62,7 +64,9 @@ class LatentLayer(DynamicLayer):
         assert self._buffer is not None
         end = self._tokens + key_states.shape[-2]
         if end > self._buffer.shape[1]:
-            self._grow(key_states.shape[0], max(end, int(self._buffer.shape[1] * _GROWTH)), value_states.shape[-1])
+            self._grow(
+                key_states.shape[0], max(end, int(self._buffer.shape[1] * _GROWTH)), value_states.shape[-1]
+            )
         self._buffer[:, self._tokens : end, : self._latent_dim] = key_states[:, 0]
         self._buffer[:, self._tokens : end, self._latent_dim :] = value_states[:, 0]
         self._tokens = end

@@ -81,7 +81,9 @@ class ICModel(ICPreTrainedModel):
     def __init__(self, config: ICConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(ICDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            ICDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = ICRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -124,7 +126,9 @@ class ICModel(ICPreTrainedModel):
             past_key_values = LatentCache(self.config.num_hidden_layers)
         if position_ids is None:
             seen_tokens = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + seen_tokens
+            position_ids = (
+                torch.arange(hidden_states.shape[1], device=hidden_states.device)[None] + seen_tokens
+            )
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -201,7 +205,9 @@ class InfiniteContextForCausalLM(ICPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
