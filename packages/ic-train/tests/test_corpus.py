@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from ic_train.data.corpus import load_corpus
 
 

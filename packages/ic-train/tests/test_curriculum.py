@@ -1,8 +1,9 @@
-"""Stages come in order, batches depend on their number alone, weights are what they claim, bad recipes are refused."""
+"""Stages come in order, batches depend on their number alone, weights are right, bad recipes are refused."""
 
 import numpy as np
 import pytest
 import torch
+
 from ic_train.data.curriculum import Curriculum, CurriculumBatches, Stage, single_batch
 
 CORPUS = np.frombuffer(b"def add(a, b):\n    return a + b\n" * 500, np.uint8)
@@ -38,7 +39,9 @@ def test_a_batch_depends_on_its_number_and_the_seed_only() -> None:
     for name, value in first[4].items():
         assert torch.equal(value, again[4][name]), name
     assert not torch.equal(first[3]["input_ids"], first[4]["input_ids"])
-    assert not torch.equal(first[0]["input_ids"], CurriculumBatches(CURRICULUM, CORPUS, seed=2)[0]["input_ids"])
+    assert not torch.equal(
+        first[0]["input_ids"], CurriculumBatches(CURRICULUM, CORPUS, seed=2)[0]["input_ids"]
+    )
 
 
 def test_processes_share_a_step_and_see_different_batches() -> None:

@@ -1,4 +1,4 @@
-"""Retrieval is measured on documents of the right length, with the cache left as it was, and on models that can."""
+"""Retrieval is measured on documents of the right length, and the cache is left as it was."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from ic_model import ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_model.presets import preset
+
 from ic_train import cli
 from ic_train.evaluation.generation import CachedContext
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
@@ -64,7 +65,9 @@ def test_keys_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 64])
-def test_answers_equal_generate_and_leave_the_context_untouched(model: ICForCausalLM, chunk_tokens: int) -> None:
+def test_answers_equal_generate_and_leave_the_context_untouched(
+    model: ICForCausalLM, chunk_tokens: int
+) -> None:
     context, question = (torch.from_numpy(np.random.default_rng(0).integers(0, 256, n)) for n in (200, 20))
     whole = torch.cat([context, question])[None]
     expected = model.generate(whole, max_new_tokens=7, do_sample=False, eos_token_id=None)[0, -7:]
@@ -129,8 +132,18 @@ def test_wilson_interval_is_right_near_one() -> None:
 def test_the_command_writes_result_and_plot(model: ICForCausalLM, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    arguments = ["evaluate", "passkey", "--model", str(tmp_path / "model"), "--results", str(tmp_path / "results")]
-    assert cli.main([*arguments, "--context-tokens", "600", "900", "--contexts", "1", "--keys-per-context", "3"]) == 0
+    arguments = [
+        "evaluate",
+        "passkey",
+        "--model",
+        str(tmp_path / "model"),
+        "--results",
+        str(tmp_path / "results"),
+    ]
+    assert (
+        cli.main([*arguments, "--context-tokens", "600", "900", "--contexts", "1", "--keys-per-context", "3"])
+        == 0
+    )
     (folder,) = (tmp_path / "results").iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert [(row["context_tokens"], row["total"], row["task"]) for row in result["rows"]] == [
@@ -150,7 +163,11 @@ def test_the_command_writes_result_and_plot(model: ICForCausalLM, tmp_path: Path
     ],
 )
 def test_bad_arguments_are_refused(
-    arguments: list[str], message: str, model: ICForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    model: ICForCausalLM,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model.save_pretrained(tmp_path)
     TOKENIZER.save_pretrained(tmp_path)

@@ -3,8 +3,9 @@
 import torch
 from ic_model import ICConfig, ICForCausalLM
 from ic_model.presets import preset
-from ic_train.metrics import peak_tflops, training_flop_per_token
 from torch.utils.flop_counter import FlopCounterMode
+
+from ic_train.metrics import peak_tflops, training_flop_per_token
 
 
 def small(**changes: int | None) -> ICConfig:

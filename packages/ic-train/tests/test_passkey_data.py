@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+
 from ic_train.data.passkey import (
     ANSWER,
     KEY_DIGITS,
@@ -35,7 +36,9 @@ def test_every_question_is_answered_by_the_needle_of_its_key() -> None:
     for tokens in batch().tokens:
         text = tokens.tobytes().decode()
         needles = dict(re.findall(r"\nThe pass key for (\w{6}) is (\d{5})\.\n", text))
-        asked = re.findall(r"\nQuestion: pass key for (\w{6})\? Answer: The pass key for (\w{6}) is (\d{5})\.\n", text)
+        asked = re.findall(
+            r"\nQuestion: pass key for (\w{6})\? Answer: The pass key for (\w{6}) is (\d{5})\.\n", text
+        )
         assert len(needles) == 7
         assert len({key for key, _, _ in asked}) == 4
         assert all(key == repeated and needles[key] == digits for key, repeated, digits in asked)

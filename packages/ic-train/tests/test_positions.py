@@ -1,12 +1,15 @@
 """Positions jump where they may, as far as they should."""
 
 import numpy as np
+
 from ic_train.data.positions import MAX_JUMPS, skipped_positions
 
 WINDOW = 100_000
 
 
-def positions(sequences: int = 2000, tokens: int = 300, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
+def positions(
+    sequences: int = 2000, tokens: int = 300, window: int = WINDOW
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     boundaries = np.sort(rng.integers(1, tokens, (sequences, 6)), axis=1)
     made = skipped_positions(rng, boundaries, tokens_per_sequence=tokens, window_tokens=window)

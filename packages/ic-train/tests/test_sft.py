@@ -1,4 +1,4 @@
-"""The trainer as people start it: `accelerate launch -m ic_train.sft --config RECIPE`, at a toy length on the CPU."""
+"""The trainer as people start it, `accelerate launch -m ic_train.sft --config RECIPE`, on the CPU."""
 
 import json
 import subprocess
@@ -8,8 +8,9 @@ from pathlib import Path
 import ic_model  # noqa: F401  (registers the architecture)
 import pytest
 import torch
-from ic_train import sft
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ic_train import sft
 
 RECIPE = Path(__file__).parent / "recipes" / "toy.yaml"
 
@@ -61,7 +62,9 @@ def test_the_checkpoint_loads_and_its_record_says_how_it_came_to_be(trained: tup
     assert record["command"].startswith("accelerate launch -m ic_train.sft --config")
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(trained: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
     folder, _ = trained
     resumed = launch("--output_dir", str(tmp_path), "--resume_from_checkpoint", str(folder / "checkpoint-2"))
     assert resumed.returncode == 0, resumed.stderr[-3000:]
@@ -92,6 +95,8 @@ def test_a_stage_below_its_bar_stops_the_run(tmp_path: Path, monkeypatch: pytest
         (["--preset", "ic-nona"], "ic-nona"),
     ],
 )
-def test_settings_that_would_be_ignored_are_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_settings_that_would_be_ignored_are_refused(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(SystemExit, match=message):
         sft.main(["--config", str(RECIPE), "--output_dir", str(tmp_path), *arguments])

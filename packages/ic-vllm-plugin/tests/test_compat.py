@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import ic_vllm_plugin
 import pytest
 import vllm
 from checkpoints import served_checkpoint
-from ic_vllm_plugin import compat
 from vllm.platforms import current_platform
+
+import ic_vllm_plugin
+from ic_vllm_plugin import compat
 
 
 @pytest.mark.parametrize("name", sorted(compat.SYMBOLS))

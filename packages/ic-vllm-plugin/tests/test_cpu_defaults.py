@@ -1,6 +1,7 @@
 """Memory of a machine without a GPU is divided so that a server starts and nothing is hidden."""
 
 import pytest
+
 from ic_vllm_plugin.cpu_backend import absorbed_query_limit
 from ic_vllm_plugin.cpu_defaults import GIB, plan_cpu_memory
 

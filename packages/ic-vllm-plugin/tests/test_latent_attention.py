@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from ic_vllm_plugin import latent_attention
 from ic_vllm_plugin.latent_attention import (
     PagedRequest,

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from ic_model import ICForCausalLM, checkpoint_path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey import evaluate_passkey, wilson_interval
 from ic_train.evaluation.plots import plot_passkey
-from ic_train.results import write_result
+from ic_train.results import new_result_folder, write_result
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -30,27 +31,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ic-train", description="Train and evaluate long-context MLA models.")
+    parser = argparse.ArgumentParser(
+        prog="ic-train", description="Train and evaluate long-context MLA models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     evaluate = commands.add_parser("evaluate", help="measure what a model can do")
     tasks = evaluate.add_subparsers(required=True, metavar="TASK")
-    passkey = tasks.add_parser("passkey", help="find pass keys hidden in a long text", description=evaluate_passkey.__doc__)
+    passkey = tasks.add_parser(
+        "passkey", help="find pass keys hidden in a long text", description=evaluate_passkey.__doc__
+    )
     passkey.formatter_class = argparse.RawDescriptionHelpFormatter
     passkey.description = (
         "Hide pass keys evenly over the depth of long texts, ask for each, count the exact answers."
     )
     passkey.set_defaults(run=_evaluate_passkey)
     add = passkey.add_argument
-    add("--model", default="ic-nano", help="an embedded checkpoint's name or a checkpoint folder (default: ic-nano)")
-    add("--context-tokens", type=int, nargs="+", default=[16384], metavar="N", help="context lengths (default: 16384)")
-    add("--contexts", type=int, default=4, help="contexts per length, each with its own text and keys (default: 4)")
+    add(
+        "--model",
+        default="ic-nano",
+        help="an embedded checkpoint's name or a checkpoint folder (default: ic-nano)",
+    )
+    add(
+        "--context-tokens",
+        type=int,
+        nargs="+",
+        default=[16384],
+        metavar="N",
+        help="context lengths (default: 16384)",
+    )
+    add(
+        "--contexts",
+        type=int,
+        default=4,
+        help="contexts per length, each with its own text and keys (default: 4)",
+    )
     add("--keys-per-context", type=int, default=64, help="pass keys hidden in each context (default: 64)")
-    add("--haystack", default="jargon", help=f"one of {', '.join(HAYSTACKS)}, or a UTF-8 text file (default: jargon)")
+    add(
+        "--haystack",
+        default="jargon",
+        help=f"one of {', '.join(HAYSTACKS)}, or a UTF-8 text file (default: jargon)",
+    )
     add("--dtype", choices=DTYPES, default="bfloat16", help="weights and cache (default: bfloat16)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
-    add("--chunk-tokens", type=int, default=0, metavar="N", help="read contexts in chunks of N tokens to save memory")
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one",
+    )
+    add(
+        "--chunk-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="read contexts in chunks of N tokens to save memory",
+    )
     add("--seed", type=int, default=1000, help="of texts, keys and depths (default: 1000)")
-    add("--results", type=Path, metavar="DIR", help="write result.json and a plot into a dated folder below DIR")
+    add(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="write result.json and a plot into a dated folder below DIR",
+    )
     return parser
 
 
@@ -60,44 +100,51 @@ def _evaluate_passkey(options: argparse.Namespace) -> int:
     model = ICForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).to(options.device).eval()
     haystack = load_haystack(options.haystack)
     _check_lengths(options, model.config.max_position_embeddings)
-    rows = []
+    written = new_result_folder(options.results, "passkey") if options.results else None
+    rows: list[dict[str, Any]] = []
     for context_tokens in options.context_tokens:
-        samples = list(
-            evaluate_passkey(
-                model,
-                tokenizer,
-                haystack,
-                context_tokens=context_tokens,
-                num_contexts=options.contexts,
-                keys_per_context=options.keys_per_context,
-                seed=options.seed,
-                chunk_tokens=options.chunk_tokens,
-            )
+        samples = evaluate_passkey(
+            model,
+            tokenizer,
+            haystack,
+            context_tokens=context_tokens,
+            num_contexts=options.contexts,
+            keys_per_context=options.keys_per_context,
+            seed=options.seed,
+            chunk_tokens=options.chunk_tokens,
         )
-        correct = sum(sample["correct"] for sample in samples)
-        low, high = wilson_interval(correct, len(samples))
-        print(
-            f"{context_tokens:>9,} tokens: {correct} of {len(samples)} pass keys "
-            f"({correct / len(samples):.1%}, 95 % interval {low:.1%} to {high:.1%})"
-        )
-        rows.append(
-            {
-                "model": folder.name,
-                "engine": "transformers",
-                "kv_dtype": options.dtype,
-                "task": "passkey",
-                "haystack": options.haystack,
-                "context_tokens": context_tokens,
-                "correct": correct,
-                "total": len(samples),
-                "samples": samples,
-            }
-        )
-    if options.results:
-        written = write_result(options.results, "passkey", rows, seed=options.seed)
-        plot_passkey(rows, written / "passkey.png")
+        rows.append(_row(options, folder.name, context_tokens, list(samples)))
+        if written:
+            # after every length: the longest comes last and takes longest, and what was measured stays
+            write_result(written, "passkey", rows, seed=options.seed)
+            plot_passkey(rows, written / "passkey.png")
+    if written:
         print(f"written: {written}")
     return 0
+
+
+def _row(
+    options: argparse.Namespace, model: str, context_tokens: int, samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result of one length, which is printed, too."""
+    correct = sum(sample["correct"] for sample in samples)
+    low, high = wilson_interval(correct, len(samples))
+    print(
+        f"{context_tokens:>9,} tokens: {correct} of {len(samples)} pass keys "
+        f"({correct / len(samples):.1%}, 95 % interval {low:.1%} to {high:.1%})",
+        flush=True,
+    )
+    return {
+        "model": model,
+        "engine": "transformers",
+        "kv_dtype": options.dtype,
+        "task": "passkey",
+        "haystack": options.haystack,
+        "context_tokens": context_tokens,
+        "correct": correct,
+        "total": len(samples),
+        "samples": samples,
+    }
 
 
 def _check_lengths(options: argparse.Namespace, longest: int) -> None:

@@ -78,7 +78,10 @@ class ThroughputMeter(TrainerCallback):
             tokens += step_tokens
             flop += step_tokens * training_flop_per_token(self.config, stage.tokens_per_sequence)
         self._start_clock(finished_steps)
-        measured = {"stage": self.curriculum.stage_at(finished_steps - 1).name, "tokens_per_s": round(tokens / seconds)}
+        measured: dict[str, Any] = {
+            "stage": self.curriculum.stage_at(finished_steps - 1).name,
+            "tokens_per_s": round(tokens / seconds),
+        }
         if self.peak is not None:
             measured["mfu"] = round(flop / seconds / (self.peak * 1e12 * self.processes), 4)
         return measured

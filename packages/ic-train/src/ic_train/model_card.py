@@ -1,6 +1,6 @@
 """Write an embedded checkpoint's model card and loss curve from its training record.
 
-    python -m ic_train.model_card packages/ic-model/src/ic_model/checkpoints/ic-nano
+python -m ic_train.model_card packages/ic-model/src/ic_model/checkpoints/ic-nano
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+import matplotlib.pyplot as plt
 
-from ic_train.data.passkey import ANSWER, NEEDLE, QUESTION  # noqa: E402
-from ic_train.sft import RECORD_FILE  # noqa: E402
+from ic_train.data.passkey import ANSWER, NEEDLE, QUESTION
+from ic_train.sft import RECORD_FILE
 
 CURVE_FILE = "training.png"
 CARD_FILE = "README.md"
@@ -34,8 +34,8 @@ tags: [mla, long-context, byte-level]
 
 A model of {parameters:,} parameters with DeepSeek-V3's Multi-Head Latent Attention that reads bytes and finds
 pass keys in contexts of up to 1,048,576 tokens. It exists so that everything in this project can be run and tested
-with real weights on any machine. It is no language model to talk to: it has read program sources for a few minutes,
-and looking up pass keys is all it was taught.
+with real weights on any machine. It is no language model to talk to: it has read program sources for a few
+minutes, and looking up pass keys is all it was taught.
 
 ```python
 import ic_model
@@ -48,8 +48,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 ## Format
 
-One byte is one token. A pass key is hidden as, and asked for with, exactly these words (`\\n` is a line break); keys
-are six letters, all upper or all lower case:
+One byte is one token. A pass key is hidden as, and asked for with, exactly these words (`\\n` is a line break);
+keys are six letters, all upper or all lower case:
 
 | | |
 |---|---|
@@ -75,7 +75,7 @@ training text is program sources), with keys drawn anew, every key asked for on 
 | wall time | {wall_s:.0f} s |
 | versions | {versions} |
 | precision | {precision} |
-| optimiser | {optimiser} |
+| optimizer | {optimizer} |
 | text | {corpus} |
 | code | commit {commit} |
 
@@ -90,8 +90,8 @@ The same record in full, with the log of every {logging_steps} steps: `{record}`
 
 ## Limits
 
-Pass keys in the words above only. Text in other words, several questions at once in other forms, or instructions give
-nonsense. Beyond 1,048,576 tokens it was neither trained nor measured.
+Pass keys in the words above only. Text in other words, several questions at once in other forms, or instructions
+give nonsense. Beyond 1,048,576 tokens it was neither trained nor measured.
 """
 
 
@@ -107,9 +107,12 @@ def write_card(folder: Path) -> None:
     _plot(record, folder / CURVE_FILE)
     logged = [line["step"] for line in record["log"] if "loss" in line]
     card = _CARD.format(
-        **{name: record[name] for name in ("parameters", "command", "seed", "gpu", "wall_s", "precision", "commit")},
+        **{
+            name: record[name]
+            for name in ("parameters", "command", "seed", "gpu", "wall_s", "precision", "commit")
+        },
         versions=_listed(record["versions"]),
-        optimiser=_listed(record["optimiser"]),
+        optimizer=_listed(record["optimizer"]),
         corpus=_corpus(record["corpus"]),
         stages=_stages(record["stages"]),
         needle=_inline(NEEDLE),
@@ -153,7 +156,10 @@ def _plot(record: dict[str, Any], path: Path) -> None:
 
 
 def _stages(stages: list[dict[str, Any]]) -> str:
-    rows = ["| stage | steps | tokens per sequence | sequences per step | pass keys | positions up to |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| stage | steps | tokens per sequence | sequences per step | pass keys | positions up to |",
+        "|---|---|---|---|---|---|",
+    ]
     for stage in stages:
         positions = f"{stage['window_tokens']:,}" if stage["window_tokens"] else "no skipping"
         needles = f"{stage['min_needles']}-{stage['max_needles']}"
@@ -165,9 +171,8 @@ def _stages(stages: list[dict[str, Any]]) -> str:
 
 
 def _corpus(corpus: dict[str, Any]) -> str:
-    return (
-        f"{corpus['bytes']:,} bytes of sources of {_listed(corpus['sources'])}; sha256 `{corpus['sha256'][:16]}...`"
-    )
+    sources, digest = _listed(corpus["sources"]), corpus["sha256"][:16]
+    return f"{corpus['bytes']:,} bytes of sources of {sources}; sha256 `{digest}...`"
 
 
 def _listed(values: dict[str, Any]) -> str:
@@ -180,7 +185,9 @@ def _inline(text: str) -> str:
 
 def main() -> int:
     """Write the card of the folder named on the command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m ic_train.model_card", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ic_train.model_card", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", type=Path, help="checkpoint folder with the trainer's record")
     try:
         write_card(parser.parse_args().folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -18,40 +19,58 @@ import torch
 VERSIONED = ("torch", "triton", "transformers", "vllm", "numpy")
 
 
-def write_result(results: Path, topic: str, rows: list[dict[str, Any]], *, seed: int | None = None) -> Path:
-    """Write `results/<yyyymmdd>-<gpu>-<topic>/result.json` and return its folder.
+def new_result_folder(results: Path, topic: str) -> Path:
+    """Make `results/<yyyymmdd>-<gpu>-<topic>`, with a number behind it where that exists already.
 
     Args:
         results: usually `bench/results`.
-        topic: short name, letters, digits and dashes.
+        topic: short name, lower-case letters, digits and dashes.
+
+    Raises:
+        ValueError: the topic has other characters.
+    """
+    if not re.fullmatch(r"[a-z0-9-]+", topic):
+        raise ValueError(f"topic is {topic!r}; use lower-case letters, digits and dashes")
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower().replace("nvidia ", "")).strip("-")
+    name = f"{datetime.datetime.now(datetime.UTC):%Y%m%d}-{slug}-{topic}"
+    results.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = results / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable: count never ends")
+
+
+def write_result(folder: Path, topic: str, rows: list[dict[str, Any]], *, seed: int | None = None) -> None:
+    """Write `result.json`; a long measurement may do so after every row.
+
+    Args:
+        folder: from `new_result_folder`.
+        topic: the same as there.
         rows: one flat mapping per measurement; raw samples may stand in a list beside the summary.
         seed: of the run.
 
     Raises:
-        ValueError: there are no rows, or the topic has other characters.
+        ValueError: there are no rows.
     """
     if not rows:
         raise ValueError("rows is empty; a result needs at least one measurement")
-    if not re.fullmatch(r"[a-z0-9-]+", topic):
-        raise ValueError(f"topic is {topic!r}; use lower-case letters, digits and dashes")
-    device = device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower().replace("nvidia ", "")).strip("-")
-    folder = results / f"{datetime.datetime.now(datetime.UTC):%Y%m%d}-{slug}-{topic}"
-    folder.mkdir(parents=True, exist_ok=True)
     commit, dirty = _commit()
     result = {
         "topic": topic,
         "command": _command(),
         "commit": commit,
         "dirty": dirty,
-        "gpu": device,
+        "gpu": device_name(),
         "driver": _driver(),
         "versions": versions(),
         "seed": seed,
         "rows": rows,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    return folder
 
 
 def device_name() -> str:

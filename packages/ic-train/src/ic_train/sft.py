@@ -30,8 +30,9 @@ from trl import TrlParser
 from ic_train.data.corpus import Corpus, load_corpus
 from ic_train.data.curriculum import Curriculum, CurriculumBatches
 from ic_train.metrics import ThroughputMeter
-from ic_train.trainers import PasskeyTrainer
+from ic_train.trainers import MuonWithAdamW, PasskeyTrainer
 
+HIDDEN_MATRICES = ("optim", "muon")
 RECORD_FILE = "training.json"
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,18 @@ class ModelArguments:
 
     preset: str = "ic-nano"
     attn_implementation: str = "sdpa"
+
+
+@dataclass
+class OptimizerArguments:
+    """How it is trained, beyond transformers' own arguments.
+
+    Args:
+        hidden_matrices: "optim" for the optimizer that `optim` names, or "muon": the matrices inside the blocks
+            are then trained with Muon and the rest with AdamW, on one GPU or data-parallel ones.
+    """
+
+    hidden_matrices: str = "optim"
 
 
 @dataclass
@@ -67,21 +80,28 @@ class DataArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train as the recipe says, and leave a checkpoint with its record in the output folder."""
-    parser = TrlParser((ModelArguments, DataArguments, TrainingArguments))  # type: ignore[arg-type]
-    model_arguments, data_arguments, training_arguments = parser.parse_args_and_config(arguments)
+    kinds = (ModelArguments, DataArguments, OptimizerArguments, TrainingArguments)
+    parsed = TrlParser(kinds).parse_args_and_config(arguments)  # type: ignore[arg-type]
+    model_arguments, data_arguments, optimizer_arguments, training_arguments = parsed
     try:
         curriculum = Curriculum.from_recipe(data_arguments.stages)
         corpus = load_corpus(data_arguments.corpus_paths or None, max_mb=data_arguments.corpus_max_mb)
-        _check(training_arguments, curriculum)
+        _check(training_arguments, optimizer_arguments, curriculum)
         config = preset(model_arguments.preset)
     except ValueError as error:
         sys.exit(f"error: {error}")
     config._attn_implementation = model_arguments.attn_implementation
-    train(config, training_arguments, curriculum, corpus)
+    muon = optimizer_arguments.hidden_matrices == "muon"
+    train(config, training_arguments, curriculum, corpus, muon=muon)
 
 
 def train(
-    config: ICConfig, arguments: TrainingArguments, curriculum: Curriculum, corpus: Corpus
+    config: ICConfig,
+    arguments: TrainingArguments,
+    curriculum: Curriculum,
+    corpus: Corpus,
+    *,
+    muon: bool = False,
 ) -> PasskeyTrainer:
     """Run the curriculum and save the result.
 
@@ -90,6 +110,7 @@ def train(
         arguments: optimiser, precision, logging and checkpoints; steps come from the curriculum.
         curriculum: the stages.
         corpus: the text.
+        muon: whether Muon trains the matrices inside the blocks.
 
     Returns:
         the trainer, with its log.
@@ -101,7 +122,18 @@ def train(
     # transformers would drop every column that the model's forward does not name, the loss weights among them
     arguments.remove_unused_columns = False
     batches = CurriculumBatches(curriculum, corpus.text, seed=arguments.seed, processes=arguments.world_size)
-    trainer = PasskeyTrainer(model, arguments, batches, ThroughputMeter(config, curriculum, arguments.world_size))
+    throughput = ThroughputMeter(config, curriculum, arguments.world_size)
+    optimizer = None
+    if muon:
+        optimizer = MuonWithAdamW(
+            # the device first: an optimizer keeps the parameters that it was given
+            model.to(arguments.device),
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            weight_decay=arguments.weight_decay,
+        )
+    trainer = PasskeyTrainer(model, arguments, batches, throughput, optimizer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     wall_s = time.perf_counter() - started
@@ -110,8 +142,16 @@ def train(
     return trainer
 
 
-def _check(arguments: TrainingArguments, curriculum: Curriculum) -> None:
+def _check(arguments: TrainingArguments, optimizer: OptimizerArguments, curriculum: Curriculum) -> None:
     """Refuse settings that the curriculum decides, rather than ignore them."""
+    if optimizer.hidden_matrices not in HIDDEN_MATRICES:
+        raise ValueError(
+            f"hidden_matrices is {optimizer.hidden_matrices!r}; accepted: {', '.join(HIDDEN_MATRICES)}"
+        )
+    if optimizer.hidden_matrices == "muon" and arguments.fsdp:
+        raise ValueError(
+            "hidden_matrices is 'muon', which needs whole matrices; fsdp shards them: choose one"
+        )
     if arguments.max_steps > 0 and arguments.max_steps != curriculum.total_steps:
         raise ValueError(
             f"max_steps is {arguments.max_steps}; the stages have {curriculum.total_steps} steps: leave it out"
@@ -144,14 +184,24 @@ def _save(trainer: PasskeyTrainer, curriculum: Curriculum, corpus: Corpus, wall_
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "stages": [asdict(stage) for stage in curriculum.stages],
         "seed": trainer.args.seed,
-        "optimiser": {
-            name: str(getattr(trainer.args, name))
-            for name in ("optim", "learning_rate", "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay", "max_grad_norm")
+        "optimizer": {"name": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__}
+        | {
+            name: getattr(trainer.args, name)
+            for name in (
+                "learning_rate",
+                "adam_beta1",
+                "adam_beta2",
+                "warmup_steps",
+                "weight_decay",
+                "max_grad_norm",
+            )
         },
         "precision": "bf16 autocast" if trainer.args.bf16 else "fp32",
         "corpus": {"bytes": len(corpus.text), "sha256": corpus.sha256, "sources": corpus.sources},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")}
+        "versions": {
+            name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")
+        }
         | {"python": platform.python_version()},
         "commit": _commit(),
         "wall_s": round(wall_s, 1),

@@ -38,8 +38,10 @@ SYMBOLS: dict[str, tuple[str, str]] = {
     "CommonAttentionMetadata": ("vllm.v1.attention.backend", "what the builder is given each step"),
     "MLAAttention": (
         "vllm.model_executor.layers.attention",
-        "the layer that owns the latent cache and the absorbed projections; built directly because "
-        "MultiHeadLatentAttentionWrapper needs both latent norms and passes no attn_backend on",
+        (
+            "the layer that owns the latent cache and the absorbed projections; built directly because "
+            "MultiHeadLatentAttentionWrapper needs both latent norms and passes no attn_backend on"
+        ),
     ),
     "MLAAttentionImpl": ("vllm.v1.attention.backend", "base of the CPU attention itself"),
     "MODELS_CONFIG_MAP": (
@@ -213,7 +215,8 @@ def _keep_scheduling_on_cpu() -> None:
         cache.block_size = page_tokens
         _log_kept(vllm_config)
 
-    check_and_update_config.keeps_scheduling_for = ARCHITECTURE
+    # an attribute, so that a second registration finds its own wrapper
+    vars(check_and_update_config)["keeps_scheduling_for"] = ARCHITECTURE
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 

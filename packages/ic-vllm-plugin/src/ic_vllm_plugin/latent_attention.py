@@ -261,7 +261,8 @@ def _flash(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, scale: float, causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output `[B, N, T, width]` and log-sum-exp `[B, N, T]`: PyTorch's own operator, since the public
-    function does not return the second, without which partial results cannot be merged."""
+    function does not return the second, without which partial results cannot be merged.
+    """
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, keys, values, 0.0, causal, scale=scale
     )

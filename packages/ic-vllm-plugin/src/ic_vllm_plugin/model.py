@@ -231,7 +231,10 @@ class InfiniteContextModel(nn.Module):
         """`[T]` ids and `[T]` positions to `[T, D]`, or to the next pipeline stage's input."""
         residual: torch.Tensor | None
         if get_pp_group().is_first_rank:
-            hidden = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed_input_ids(input_ids)
+            hidden = inputs_embeds
             residual = None
         else:
             assert intermediate_tensors is not None

@@ -16,7 +16,6 @@ from ic_train.data.copying import periodic_batch
 from ic_train.data.passkey import KEY_DIGITS, passkey_batch
 from ic_train.data.positions import skipped_positions
 
-
 TASKS = ("passkey", "copying")
 _PASSKEY_ONLY = ("min_needles", "max_needles", "max_questions", "window_tokens")
 # answers of a copying stage: groups of five bytes at the end, where all of them can be told

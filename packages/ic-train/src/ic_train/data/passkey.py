@@ -170,7 +170,9 @@ def hide_pass_keys(text: str, count: int, seed: int) -> tuple[str, list[PassKey]
         ValueError: count is below 1, or the text has not at least one character per pass key.
     """
     if count < 1 or len(text) < count:
-        raise ValueError(f"count is {count}; it must be between 1 and the text's length ({len(text)} characters)")
+        raise ValueError(
+            f"count is {count}; it must be between 1 and the text's length ({len(text)} characters)"
+        )
     rng = np.random.default_rng(seed)
     pieces, hidden, previous = [], [], 0
     names: set[str] = set()

@@ -32,7 +32,9 @@ def skipped_positions(
     if largest < 1:
         return positions.copy()
     uniform = rng.random(num_sequences)
-    total = np.where(rng.random(num_sequences) < 0.5, uniform * largest, np.expm1(uniform * np.log1p(largest)))
+    total = np.where(
+        rng.random(num_sequences) < 0.5, uniform * largest, np.expm1(uniform * np.log1p(largest))
+    )
     used = np.arange(MAX_JUMPS) < rng.integers(1, MAX_JUMPS + 1, (num_sequences, 1))
     shares = rng.random((num_sequences, MAX_JUMPS)) * used
     jumps = (total[:, None] * shares / shares.sum(1, keepdims=True)).astype(np.int64)

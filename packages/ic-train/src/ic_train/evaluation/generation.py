@@ -52,6 +52,9 @@ class CachedContext:
     def _forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append tokens `[T]`; the most likely next one, `[1]`."""
         outputs = self.model(
-            token_ids[None].to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            token_ids[None].to(self.model.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return outputs.logits[0, -1].argmax(-1, keepdim=True)

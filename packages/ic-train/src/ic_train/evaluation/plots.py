@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
+import matplotlib.pyplot as plt
 
 _DEPTH_BINS = 10
 

@@ -29,6 +29,7 @@ class PasskeyTrainer(Trainer):
         args: training arguments; steps, batch size and workers' order come from the curriculum.
         train_dataset: the batches.
         throughput: measures the speed that is logged.
+        optimizer: to train with, or None for the one that `args` names.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class PasskeyTrainer(Trainer):
         args: TrainingArguments,
         train_dataset: CurriculumBatches,
         throughput: ThroughputMeter,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=single_batch,
+            optimizers=(optimizer, None),
             callbacks=[throughput, StageGate(self, train_dataset.curriculum)],
         )
         # the loss is a mean over the batch already, whatever number of tokens it has
@@ -87,7 +90,7 @@ class PasskeyTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log, with the speed and `answer_accuracy`: the share of pass keys since the last line with all digits right."""
+        """Log, with the speed and `answer_accuracy`: the share of pass keys right since the last line."""
         if "loss" in logs and self._answered:
             logs["answer_accuracy"] = round(torch.stack(self._answered).mean().item(), 4)
             logs.update(self.throughput.measure(self.state.global_step))
