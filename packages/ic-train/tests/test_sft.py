@@ -52,10 +52,12 @@ def test_the_checkpoint_loads_and_its_record_says_how_it_came_to_be(trained: tup
     folder, _ = trained
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.bfloat16
+    assert model.config.use_cache
     assert model.config.architectures == ["InfiniteContextForCausalLM"]
     assert AutoTokenizer.from_pretrained(folder)("é").input_ids == list("é".encode())
     record = json.loads((folder / sft.RECORD_FILE).read_text())
     assert record["seed"] == 7
+    assert record["commit"] is None or len(record["commit"]) == 40
     assert record["parameters"] == model.num_parameters()
     assert record["corpus"]["bytes"] == 1_000_000
     assert {"torch", "transformers", "accelerate", "python"} <= set(record["versions"])

@@ -58,11 +58,11 @@ def write_result(folder: Path, topic: str, rows: list[dict[str, Any]], *, seed: 
     """
     if not rows:
         raise ValueError("rows is empty; a result needs at least one measurement")
-    commit, dirty = _commit()
+    head, dirty = commit()
     result = {
         "topic": topic,
         "command": _command(),
-        "commit": commit,
+        "commit": head,
         "dirty": dirty,
         "gpu": device_name(),
         "driver": _driver(),
@@ -94,8 +94,11 @@ def _command() -> str:
     return " ".join(["ic-train" if program in ("__main__.py", "cli.py") else program, *sys.argv[1:]])
 
 
-def _commit() -> tuple[str | None, bool | None]:
-    """Commit and whether the tree differed from it; where there is no repository, what IC_COMMIT says."""
+def commit() -> tuple[str | None, bool | None]:
+    """The commit that runs, and whether the tree differed from it.
+
+    Where there is no repository, as in a container or on a job's node, what the variable IC_COMMIT says.
+    """
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -30,6 +28,7 @@ from trl import TrlParser
 from ic_train.data.corpus import Corpus, load_corpus
 from ic_train.data.curriculum import Curriculum, CurriculumBatches
 from ic_train.metrics import ThroughputMeter
+from ic_train.results import commit, device_name
 from ic_train.trainers import MuonWithAdamW, PasskeyTrainer
 
 HIDDEN_MATRICES = ("optim", "muon")
@@ -177,6 +176,8 @@ def _save(trainer: PasskeyTrainer, curriculum: Curriculum, corpus: Corpus, wall_
     """Write the checkpoint in bfloat16, its tokenizer, and how it came to be."""
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    # the trainer switches it off while it trains, and would leave it so for everybody who loads the result
+    model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(folder)
     build_byte_tokenizer().save_pretrained(folder)
     record = {
@@ -198,12 +199,12 @@ def _save(trainer: PasskeyTrainer, curriculum: Curriculum, corpus: Corpus, wall_
         },
         "precision": "bf16 autocast" if trainer.args.bf16 else "fp32",
         "corpus": {"bytes": len(corpus.text), "sha256": corpus.sha256, "sources": corpus.sources},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "gpu": device_name(),
         "versions": {
             name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "numpy")
         }
         | {"python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit()[0],
         "wall_s": round(wall_s, 1),
         "log": trainer.state.log_history,
     }
@@ -213,12 +214,6 @@ def _save(trainer: PasskeyTrainer, curriculum: Curriculum, corpus: Corpus, wall_
 
 def _command() -> str:
     return " ".join(["accelerate launch -m ic_train.sft", *sys.argv[1:]])
-
-
-def _commit() -> str | None:
-    """The commit that was run, or what the environment says it was, where there is no repository."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or os.environ.get("IC_COMMIT")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def plot_passkey(rows: list[dict[str, Any]], path: Path) -> None:
     """
     figure, axis = plt.subplots(figsize=(8, 0.9 + 0.6 * len(rows)), layout="constrained")
     cells, labels = [], []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["context_tokens"]):
         bins: list[list[bool]] = [[] for _ in range(_DEPTH_BINS)]
         for sample in row["samples"]:
             bins[min(int(sample["depth"] * _DEPTH_BINS), _DEPTH_BINS - 1)].append(sample["correct"])
