@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import served_checkpoint
+from served_models import served_checkpoint
 
 HEALTHY_WITHIN_S = 300
 REQUEST_TIMEOUT_S = 180
@@ -70,7 +70,7 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
-    checkpoint = served_checkpoint(folder / "model")
+    checkpoint = served_checkpoint()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

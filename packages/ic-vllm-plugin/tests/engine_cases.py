@@ -7,9 +7,6 @@ import json
 import os
 import sys
 
-# the worker in this process: an engine then starts in seconds, and its exception is ours
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
 
 def run(checkpoint: str, prompts: list[list[int]], new_tokens: int) -> dict:
     from vllm import LLM, SamplingParams
@@ -28,6 +25,8 @@ def run(checkpoint: str, prompts: list[list[int]], new_tokens: int) -> dict:
 
 
 if __name__ == "__main__":
+    # the worker in this process: an engine then starts in seconds, and its exception is ours
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     task = json.load(sys.stdin)
     for path in sys.argv[1:]:
         print("RESULT " + json.dumps(run(path, task["prompts"], task["new_tokens"])), flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import vllm
-from checkpoints import served_checkpoint
+from served_models import served_checkpoint
 from vllm.platforms import current_platform
 
 import ic_vllm_plugin
@@ -106,8 +106,8 @@ def configured(checkpoint: Path, **arguments: Any) -> tuple[dict[str, Any], str]
     return json.loads(lines[-1]), "\n".join(lines)
 
 
-def test_cpu_defaults_survive_vllms_platform(tmp_path):
-    result, log = configured(served_checkpoint(tmp_path))
+def test_cpu_defaults_survive_vllms_platform():
+    result, log = configured(served_checkpoint())
     assert result["use_mla"] is True
     assert result["head_size"] == 256 + 64
     assert result["chunked_prefill"] is True
@@ -117,9 +117,9 @@ def test_cpu_defaults_survive_vllms_platform(tmp_path):
     assert (result["context_tokens"] < 1_048_576) == ("Context capped at" in log)
 
 
-def test_the_users_choices_survive_and_a_cap_is_logged(tmp_path):
+def test_the_users_choices_survive_and_a_cap_is_logged():
     result, log = configured(
-        served_checkpoint(tmp_path),
+        served_checkpoint(),
         enable_prefix_caching=False,
         block_size=32,
         max_num_batched_tokens=512,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import YARN, prompt_tokens, write_checkpoint
 from ic_model import ICForCausalLM
 from safetensors.torch import load_file, save_file
+from served_models import YARN, prompt_tokens, write_checkpoint
 
 NEW_TOKENS = 64
 # absorbed and expanded prefill in one batch

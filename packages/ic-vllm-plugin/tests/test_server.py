@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from checkpoints import prompt_tokens
 from ic_model import ICForCausalLM
+from served_models import prompt_tokens
 
 # float32 in both engines, but the sums are made in another order: absorbed, blockwise, by other kernels
 LOGPROB_BOUND = 2e-5

@@ -12,14 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ic_train.data.copying import periodic_batch
 from ic_train.data.passkey import KEY_DIGITS, passkey_batch
 from ic_train.data.positions import skipped_positions
-
-TASKS = ("passkey", "copying")
-_PASSKEY_ONLY = ("min_needles", "max_needles", "max_questions", "window_tokens")
-# answers of a copying stage: groups of five bytes at the end, where all of them can be told
-_COPIED_GROUPS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +28,6 @@ class Stage:
         min_needles: fewest pass keys per sequence; the number is drawn per step.
         max_needles: most pass keys per sequence.
         max_questions: questions per sequence, never more than needles.
-        task: "passkey", or "copying" for periodic strings, where the fields on needles, questions, positions
-            and text have no use and must be left out.
         window_tokens: positions are skipped up to this length; 0 skips none.
         text_weight: weight of the text's mean loss beside the answers' mean loss, which counts 1.
         min_answer_accuracy: the run stops with an error where the last steps of the stage answer a smaller
@@ -48,10 +40,9 @@ class Stage:
     steps: int
     tokens_per_sequence: int
     sequences_per_step: int
-    min_needles: int = 0
-    max_needles: int = 0
-    max_questions: int = 0
-    task: str = "passkey"
+    min_needles: int
+    max_needles: int
+    max_questions: int
     window_tokens: int = 0
     text_weight: float = 0.5
     min_answer_accuracy: float = 0.0
@@ -60,12 +51,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if self.task not in TASKS:
-            raise ValueError(f"stage {self.name!r}: task is {self.task!r}; accepted: {', '.join(TASKS)}")
-        counts = ["steps", "tokens_per_sequence", "sequences_per_step"]
-        if self.task == "passkey":
-            counts += ["min_needles", "max_questions"]
-        for name in counts:
+        for name in ("steps", "tokens_per_sequence", "sequences_per_step", "min_needles", "max_questions"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"stage {self.name!r}: {name} is {getattr(self, name)}; it must be at least 1"
@@ -74,11 +60,6 @@ class Stage:
             raise ValueError(
                 f"stage {self.name!r}: max_needles is {self.max_needles}; it must be at least min_needles "
                 f"({self.min_needles})"
-            )
-        ignored = [name for name in _PASSKEY_ONLY if getattr(self, name)]
-        if self.task == "copying" and ignored:
-            raise ValueError(
-                f"stage {self.name!r}: {', '.join(ignored)} have no use for task 'copying'; leave them out"
             )
         if not 0 <= self.min_answer_accuracy <= 1:
             raise ValueError(
@@ -176,63 +157,38 @@ class CurriculumBatches(Dataset[dict[str, torch.Tensor]]):
         """
         stage = self.curriculum.stage_at(number // self.processes)
         rng = np.random.default_rng([self.seed, number])
-        return (
-            _copying_item(rng, stage) if stage.task == "copying" else _passkey_item(rng, stage, self.corpus)
+        needles = int(rng.integers(stage.min_needles, stage.max_needles + 1))
+        batch = passkey_batch(
+            rng,
+            self.corpus,
+            num_sequences=stage.sequences_per_step,
+            tokens_per_sequence=stage.tokens_per_sequence,
+            num_needles=needles,
+            num_questions=min(needles, stage.max_questions),
         )
+        positions = skipped_positions(
+            rng,
+            batch.boundaries,
+            tokens_per_sequence=stage.tokens_per_sequence,
+            window_tokens=stage.window_tokens,
+        )
+        answers = torch.from_numpy(batch.answer_index)
+        text_tokens = stage.tokens_per_sequence - len(answers)
+        weights = torch.full((stage.tokens_per_sequence,), stage.text_weight / text_tokens)
+        digits = answers.unflatten(0, (-1, KEY_DIGITS))
+        weights[digits[:, 0]] = 0.5 / len(digits)
+        weights[digits[:, 1:]] = 0.5 / digits[:, 1:].numel()
+        tokens = torch.from_numpy(batch.tokens.astype(np.int64))
+        return {
+            "input_ids": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "position_ids": torch.from_numpy(positions),
+            "loss_weights": weights / stage.sequences_per_step,
+            "answer_index": answers,
+        }
 
 
 def single_batch(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Collator for a data set whose items are whole batches already."""
     (item,) = items
     return item
-
-
-def _copying_item(rng: np.random.Generator, stage: Stage) -> dict[str, torch.Tensor]:
-    tokens = periodic_batch(
-        rng, num_sequences=stage.sequences_per_step, tokens_per_sequence=stage.tokens_per_sequence
-    )
-    length = stage.tokens_per_sequence
-    return _item(
-        tokens,
-        positions=torch.arange(length).repeat(stage.sequences_per_step, 1),
-        weights=torch.full((length,), 1 / length),
-        answers=torch.arange(length - _COPIED_GROUPS * KEY_DIGITS, length),
-    )
-
-
-def _passkey_item(rng: np.random.Generator, stage: Stage, corpus: np.ndarray) -> dict[str, torch.Tensor]:
-    needles = int(rng.integers(stage.min_needles, stage.max_needles + 1))
-    batch = passkey_batch(
-        rng,
-        corpus,
-        num_sequences=stage.sequences_per_step,
-        tokens_per_sequence=stage.tokens_per_sequence,
-        num_needles=needles,
-        num_questions=min(needles, stage.max_questions),
-    )
-    positions = skipped_positions(
-        rng,
-        batch.boundaries,
-        tokens_per_sequence=stage.tokens_per_sequence,
-        window_tokens=stage.window_tokens,
-    )
-    answers = torch.from_numpy(batch.answer_index)
-    text_tokens = stage.tokens_per_sequence - len(answers)
-    weights = torch.full((stage.tokens_per_sequence,), stage.text_weight / text_tokens)
-    digits = answers.unflatten(0, (-1, KEY_DIGITS))
-    weights[digits[:, 0]] = 0.5 / len(digits)
-    weights[digits[:, 1:]] = 0.5 / digits[:, 1:].numel()
-    return _item(batch.tokens, positions=torch.from_numpy(positions), weights=weights, answers=answers)
-
-
-def _item(
-    tokens: np.ndarray, *, positions: torch.Tensor, weights: torch.Tensor, answers: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    return {
-        "input_ids": ids[:, :-1],
-        "labels": ids[:, 1:],
-        "position_ids": positions,
-        "loss_weights": weights / len(ids),
-        "answer_index": answers,
-    }

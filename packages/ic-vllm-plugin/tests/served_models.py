@@ -1,10 +1,10 @@
-"""Checkpoints for the tests: random weights in the shape of a preset, written by ic-model itself."""
+"""Checkpoints for the tests: the embedded one, and random weights written by ic-model itself."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from ic_model import ICConfig, ICForCausalLM
+from ic_model import ICConfig, ICForCausalLM, checkpoint_path
 from ic_model.byte_tokenizer import build_byte_tokenizer
 
 # small in all but what attention sees; float32, so that two engines agree to the last greedy token
@@ -43,16 +43,13 @@ def write_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
-    # the architecture's public name, whatever the class is called
-    config.architectures = ["InfiniteContextForCausalLM"]
-    config.save_pretrained(folder)
     build_byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-def served_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the shared server: ic-nano's attention and its million tokens of context."""
-    return write_checkpoint(folder, num_hidden_layers=4, hidden_size=256, max_position_embeddings=1_048_576)
+def served_checkpoint() -> Path:
+    """The checkpoint of the shared server: the embedded one, with its million tokens of context."""
+    return checkpoint_path("ic-nano")
 
 
 def prompt_tokens(length: int, seed: int) -> list[int]:
