@@ -209,10 +209,16 @@ class ICAttention(nn.Module):
         shared = k_rope[:, :, None].expand(-1, -1, config.num_attention_heads, -1)
         query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         key = torch.cat((k_nope, shared), dim=-1).transpose(1, 2)
+        # PyTorch's flash attention on the CPU wants values as wide as keys; without it the scores of all tokens
+        # with all others are kept, and long prefills take several times as long
+        missing_width = config.qk_head_dim - config.v_head_dim
+        padded = value.device.type == "cpu" and config._attn_implementation == "sdpa" and missing_width > 0
+        if padded:
+            value = F.pad(value, (0, missing_width))
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             config._attn_implementation, eager_attention
         )
-        return attend(
+        output, weights = attend(
             self,
             query,
             key,
@@ -222,6 +228,7 @@ class ICAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        return (output[..., : config.v_head_dim] if padded else output), weights
 
 
 def eager_attention(

@@ -32,10 +32,10 @@ tags: [mla, long-context, byte-level]
 <!-- written by `python -m ic_train.model_card`; change the generator, not this file -->
 # ic-nano
 
-A model of {parameters:,} parameters with DeepSeek-V3's Multi-Head Latent Attention that reads bytes and looks up pass
-keys in long contexts; how long, the table below says. It exists so that everything in this project can be run and
-tested with real weights on any machine. It is no language model to talk to: it has read program sources for a few
-minutes, and looking up pass keys is all it was taught.
+A model of {parameters:,} parameters with DeepSeek-V3's Multi-Head Latent Attention that reads bytes and looks up
+pass keys in long contexts; how long, the table below says. It exists so that everything in this project can be run
+and tested with real weights on any machine. It is no language model to talk to: it has read program sources for a
+few minutes, and looking up pass keys is all it was taught.
 
 ```python
 import ic_model
@@ -91,9 +91,9 @@ The same record in full, with the log of every {logging_steps} steps: `{record}`
 ## Limits
 
 Pass keys in the words above only. Text in other words, several questions at once in other forms, or instructions
-give nonsense. The configuration admits 1,048,576 tokens, the window of positions that training covers; the sequences
-that it was trained on are much shorter, and beyond the lengths at which the table shows every key found, it finds
-fewer.
+give nonsense. The configuration admits 1,048,576 tokens, the window of positions that training covers; the
+sequences that it was trained on are much shorter, and beyond the lengths at which the table shows every key found,
+it finds fewer.
 """
 
 
