@@ -155,14 +155,15 @@ def _pass_keys(pass_keys: Sequence[PassKey], reader: Reader) -> bool:
     correct, progress = 0, Progress()
     for pass_key in pass_keys:
         answer = reader.ask(pass_key.question, PASS_KEY_ANSWER_TOKENS, progress)
-        found = parse_answer(answer.text) == pass_key.digits
+        digits = parse_answer(answer.text)
+        found = digits == pass_key.digits
         correct += found
         rows.append(
             (
                 f"{pass_key.depth:.0%}",
                 shown(pass_key.question),
                 pass_key.digits,
-                answer.text or "(empty)",
+                digits or answer.text or "(empty)",
                 "right" if found else "WRONG",
                 f"{answer.seconds:.1f}",
             )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served_models import served_checkpoint
+from served_models import served_checkpoint, users_environment
 
 HEALTHY_WITHIN_S = 300
 REQUEST_TIMEOUT_S = 180
@@ -80,7 +80,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     with running.log.open("w") as log:
         # a session of its own, so that its children can be stopped with it
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=users_environment()
+        )
     try:
         _wait_until_healthy(running, process, pytestconfig)
         yield running

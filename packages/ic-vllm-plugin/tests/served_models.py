@@ -1,5 +1,6 @@
 """Checkpoints for the tests: the embedded one, and random weights written by ic-model itself."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def write_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
 def served_checkpoint() -> Path:
     """The checkpoint of the shared server: the embedded one, with its million tokens of context."""
     return checkpoint_path("ic-nano")
+
+
+def users_environment() -> dict[str, str]:
+    """The environment without settings for vLLM: libraries that other tests import set some (TRL silences its log)."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 
 
 def prompt_tokens(length: int, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import vllm
-from served_models import served_checkpoint
+from served_models import served_checkpoint, users_environment
 from vllm.platforms import current_platform
 
 import ic_vllm_plugin
@@ -60,7 +60,9 @@ def test_an_unreadable_version_is_named(monkeypatch):
 def in_fresh_python(code: str, *arguments: str) -> list[str]:
     """Lines that the code printed, what vLLM logged among them."""
     command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=users_environment()
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 

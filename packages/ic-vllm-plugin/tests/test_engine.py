@@ -9,7 +9,7 @@ import pytest
 import torch
 from ic_model import ICForCausalLM
 from safetensors.torch import load_file, save_file
-from served_models import YARN, prompt_tokens, write_checkpoint
+from served_models import YARN, prompt_tokens, users_environment, write_checkpoint
 
 NEW_TOKENS = 64
 # absorbed and expanded prefill in one batch
@@ -61,6 +61,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, d
         text=True,
         timeout=240,
         check=False,
+        env=users_environment(),
     )
     lines = [line[7:] for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == len(folders), process.stdout[-4000:] + process.stderr[-4000:]
