@@ -54,7 +54,7 @@ def served_checkpoint() -> Path:
 
 
 def users_environment() -> dict[str, str]:
-    """The environment without settings for vLLM: libraries that other tests import set some (TRL silences its log)."""
+    """The environment without settings for vLLM: TRL, which other tests import, silences its log by one."""
     return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 
 
