@@ -30,7 +30,11 @@ def test_no_document_is_out_of_date():
 
 
 def test_every_committed_result_loads():
-    load_rows(ROOT / "bench" / "results")
+    rows = load_rows(ROOT / "bench" / "results")
+    assert rows
+    assert all(
+        0 <= row["correct"] <= row["total"] == len(row["samples"]) for row in rows if row["task"] == "passkey"
+    )
 
 
 def test_table(tmp_path):

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ic_model import ICForCausalLM
+from ic_model import ICForCausalLM, checkpoint_path
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_model.presets import preset
+from transformers import AutoTokenizer
 
 from ic_train import cli
 from ic_train.evaluation.generation import CachedContext
@@ -120,6 +121,22 @@ def test_right_and_wrong_answers_are_counted() -> None:
     for sample in samples:
         assert sample["correct"] == (sample["key"][0] > "c"), sample
     assert 0 < sum(sample["correct"] for sample in samples) < 24
+
+
+def test_the_embedded_checkpoint_finds_its_keys() -> None:
+    nano = ICForCausalLM.from_pretrained(checkpoint_path("ic-nano"), dtype=torch.float32).eval()
+    samples = list(
+        evaluate_passkey(
+            nano,
+            AutoTokenizer.from_pretrained(checkpoint_path("ic-nano")),
+            load_haystack("jargon"),
+            context_tokens=4096,
+            num_contexts=1,
+            keys_per_context=16,
+            seed=7,
+        )
+    )
+    assert [sample["answer"] for sample in samples] == [f" {sample['expected']}.\n" for sample in samples]
 
 
 def test_wilson_interval_is_right_near_one() -> None:

@@ -31,9 +31,11 @@ def test_flop_agree_with_what_pytorch_counts() -> None:
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
         counted = training_flop_per_token(config, tokens) * tokens
-        # PyTorch counts the whole score matrix, MFU the half below the diagonal
+        # PyTorch counts the whole score matrix, MFU what a causal mask leaves of it
         heads_dims = config.qk_head_dim + config.v_head_dim
-        masked_half = 3 * config.num_hidden_layers * config.num_attention_heads * tokens * tokens * heads_dims
+        masked_half = (
+            3 * config.num_hidden_layers * config.num_attention_heads * tokens * (tokens - 1) * heads_dims
+        )
         assert counter.get_total_flops() == counted + masked_half
 
 

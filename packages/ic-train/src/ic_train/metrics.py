@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from ic_model import ICConfig
+from ic_model.sizing import linear_flop_per_token, prefill_attention_flop_per_token
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ic_train.data.curriculum import Curriculum
@@ -18,24 +19,15 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090
 def training_flop_per_token(config: ICConfig, tokens_per_sequence: int) -> float:
     """FLOP of forward and backward per trained token, the way MFU counts them (PaLM, arXiv 2204.02311, app. B).
 
-    Six per weight of the matrix products (the embedding look-up is none, the output projection is one), and
-    three times the forward attention, of which a causal mask needs half:
-    `3 * layers * heads * T * ((P + R) + V)`.
+    Three times the forward pass: the products with weights (without the embedding look-up), and the attention of
+    which a causal mask needs half, averaged over the sequence.
 
     Args:
         config: shapes.
         tokens_per_sequence: T.
     """
-    query = config.hidden_size * config.num_attention_heads * config.qk_head_dim
-    if config.q_lora_rank is not None:
-        query = config.q_lora_rank * (config.hidden_size + config.num_attention_heads * config.qk_head_dim)
-    up = config.kv_lora_rank * config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-    out = config.num_attention_heads * config.v_head_dim * config.hidden_size
-    feed_forward = 3 * config.hidden_size * config.intermediate_size
-    per_layer = query + config.hidden_size * config.latent_dim + up + out + feed_forward
-    weights = config.num_hidden_layers * per_layer + config.hidden_size * config.vocab_size
-    attention = config.num_hidden_layers * config.num_attention_heads * tokens_per_sequence
-    return 6.0 * weights + 3.0 * attention * (config.qk_head_dim + config.v_head_dim)
+    attention = prefill_attention_flop_per_token(config, tokens_per_sequence)
+    return 3.0 * (linear_flop_per_token(config) + attention)
 
 
 def peak_tflops(device_name: str) -> float | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from ic_model.rope import apply_interleaved_rope, cos_sin_scale, inverse_frequencies, softmax_scale
+from ic_model.weights import VLLM_MERGED
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
@@ -41,9 +42,6 @@ from ic_vllm_plugin import compat
 
 if TYPE_CHECKING:
     from ic_model.configuration import ICConfig
-
-# checkpoint's name: (name here, part of it)
-_STACKED = {".gate_proj.": (".gate_up_proj.", 0), ".up_proj.": (".gate_up_proj.", 1)}
 
 
 class FeedForward(nn.Module):
@@ -335,7 +333,7 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
 
 def _target(name: str) -> tuple[str, int | None]:
     """A checkpoint tensor's parameter here, and which part of it."""
-    for stored, (merged, part) in _STACKED.items():
+    for stored, (merged, part) in VLLM_MERGED.items():
         if stored in name:
             return name.replace(stored, merged), part
     return name, None
