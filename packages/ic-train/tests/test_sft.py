@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ic_model  # noqa: F401  (registers the architecture)
+import ic_model
 import pytest
 import torch
+from ic_model.presets import preset
+from ic_model.testing import assert_close, compare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ic_train import sft
@@ -68,14 +70,37 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(
     trained: tuple[Path, str], tmp_path: Path
 ) -> None:
     folder, _ = trained
-    resumed = launch("--output_dir", str(tmp_path), "--resume_from_checkpoint", str(folder / "checkpoint-2"))
+    resumed = launch(
+        *("--output_dir", str(tmp_path)),
+        *("--resume_from_checkpoint", str(folder / "checkpoint-2")),
+        *("--final_score_factor", "2.0"),
+    )
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     whole, rest = steps_of(folder)[2:], steps_of(tmp_path)[-2:]
     for name in ("loss", "grad_norm", "learning_rate", "answer_accuracy"):
         assert [step[name] for step in whole] == [step[name] for step in rest], name
     same = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, value in AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().items():
-        assert torch.equal(value, same[name]), name
+        # a power of two is exact in bfloat16; the factor reaches the queries and nothing else
+        assert torch.equal(value, same[name] * (2 if name.endswith("q_proj.weight") else 1)), name
+    assert json.loads((tmp_path / sft.RECORD_FILE).read_text())["final_score_factor"] == 2.0
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 64])
+def test_scaling_the_scores_scales_every_softmax(q_lora_rank: int | None) -> None:
+    config = preset("ic-nano")
+    config.num_hidden_layers, config.q_lora_rank, config.initializer_range = 2, q_lora_rank, 0.2
+    model = ic_model.ICForCausalLM(config).eval()
+    token_ids = torch.randint(256, (1, 100))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= 2
+        expected = model(token_ids).logits
+        for layer in model.model.layers:
+            layer.self_attn.scaling /= 2
+        assert compare(model(token_ids).logits, expected).relative_norm > 1e-3
+        sft.scale_scores(model, 2.0)
+        assert_close(model(token_ids).logits, expected, "fp32_peer")
 
 
 def test_a_stage_below_its_bar_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +120,7 @@ def test_a_stage_below_its_bar_stops_the_run(tmp_path: Path, monkeypatch: pytest
         (["--lr_scheduler_type", "cosine"], "lr_scheduler_type is .*cosine.*; leave it out"),
         (["--corpus_paths", "/no/such/folder"], "corpus paths .*/no/such/folder.* do not exist"),
         (["--preset", "ic-nona"], "ic-nona"),
+        (["--final_score_factor", "0"], "final_score_factor is 0.0; it must be a positive"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(

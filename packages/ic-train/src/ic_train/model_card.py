@@ -76,6 +76,7 @@ training text is program sources), with keys drawn anew, every key asked for on 
 | versions | {versions} |
 | precision | {precision} |
 | optimizer | {optimizer} |
+| scores | the saved query projections are the trained ones times {final_score_factor} (`final_score_factor`) |
 | text | {corpus} |
 | code | commit {commit} |
 
@@ -92,8 +93,7 @@ The same record in full, with the log of every {logging_steps} steps: `{record}`
 
 Pass keys in the words above only. Text in other words, several questions at once in other forms, or instructions
 give nonsense. The configuration admits 1,048,576 tokens, the window of positions that training covers; the
-sequences that it was trained on are much shorter, and beyond the lengths at which the table shows every key found,
-it finds fewer.
+sequences that it was trained on are much shorter, and what holds beyond them is what the table shows.
 """
 
 
@@ -113,6 +113,7 @@ def write_card(folder: Path) -> None:
             name: record[name]
             for name in ("parameters", "command", "seed", "gpu", "wall_s", "precision", "commit")
         },
+        final_score_factor=record["final_score_factor"],
         versions=_listed(record["versions"]),
         optimizer=_listed(record["optimizer"]),
         corpus=_corpus(record["corpus"]),

@@ -8,8 +8,10 @@ also be given as a flag, and a flag wins over the recipe.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import platform
 import sys
 import time
@@ -43,10 +45,15 @@ class ModelArguments:
     Args:
         preset: name of a shape in ic_model's presets; the weights start from random numbers.
         attn_implementation: how transformers computes the expanded attention.
+        final_score_factor: the saved query projections are the trained ones times this, which multiplies every
+            attention score by it. More than 1 sharpens attention for contexts with many more tokens than the
+            longest that was trained on, whose softmax is otherwise too flat (YaRN's temperature, arXiv
+            2309.00071, section 3.4, without the change of frequencies).
     """
 
     preset: str = "ic-nano"
     attn_implementation: str = "sdpa"
+    final_score_factor: float = 1.0
 
 
 @dataclass
@@ -86,12 +93,20 @@ def main(arguments: list[str] | None = None) -> None:
         curriculum = Curriculum.from_recipe(data_arguments.stages)
         corpus = load_corpus(data_arguments.corpus_paths or None, max_mb=data_arguments.corpus_max_mb)
         _check(training_arguments, optimizer_arguments, curriculum)
+        _check_model(model_arguments)
         config = preset(model_arguments.preset)
     except ValueError as error:
         sys.exit(f"error: {error}")
     config._attn_implementation = model_arguments.attn_implementation
     muon = optimizer_arguments.hidden_matrices == "muon"
-    train(config, training_arguments, curriculum, corpus, muon=muon)
+    train(
+        config,
+        training_arguments,
+        curriculum,
+        corpus,
+        muon=muon,
+        final_score_factor=model_arguments.final_score_factor,
+    )
 
 
 def train(
@@ -101,6 +116,7 @@ def train(
     corpus: Corpus,
     *,
     muon: bool = False,
+    final_score_factor: float = 1.0,
 ) -> PasskeyTrainer:
     """Run the curriculum and save the result.
 
@@ -110,6 +126,7 @@ def train(
         curriculum: the stages.
         corpus: the text.
         muon: whether Muon trains the matrices inside the blocks.
+        final_score_factor: see ModelArguments.
 
     Returns:
         the trainer, with its log.
@@ -137,8 +154,24 @@ def train(
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     wall_s = time.perf_counter() - started
     if trainer.is_world_process_zero():
-        _save(trainer, curriculum, corpus, wall_s)
+        _save(trainer, curriculum, corpus, wall_s, final_score_factor)
     return trainer
+
+
+def scale_scores(model: ICForCausalLM, factor: float) -> None:
+    """Multiply every attention score by a factor, in place, by way of the last projection of the queries."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # both halves of a query come from it, and rotating is linear
+            if name.endswith(("self_attn.q_proj.weight", "self_attn.q_b_proj.weight")):
+                weight.mul_(factor)
+
+
+def _check_model(arguments: ModelArguments) -> None:
+    if not 0 < arguments.final_score_factor < math.inf:
+        raise ValueError(
+            f"final_score_factor is {arguments.final_score_factor}; it must be a positive, finite number"
+        )
 
 
 def _check(arguments: TrainingArguments, optimizer: OptimizerArguments, curriculum: Curriculum) -> None:
@@ -172,18 +205,28 @@ def _check(arguments: TrainingArguments, optimizer: OptimizerArguments, curricul
         )
 
 
-def _save(trainer: PasskeyTrainer, curriculum: Curriculum, corpus: Corpus, wall_s: float) -> None:
+def _save(
+    trainer: PasskeyTrainer,
+    curriculum: Curriculum,
+    corpus: Corpus,
+    wall_s: float,
+    final_score_factor: float,
+) -> None:
     """Write the checkpoint in bfloat16, its tokenizer, and how it came to be."""
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     # the trainer switches it off while it trains, and would leave it so for everybody who loads the result
     model.config.use_cache = True
-    model.to(torch.bfloat16).save_pretrained(folder)
+    # on a copy: whoever called `train` may go on with the model that was trained
+    saved = copy.deepcopy(model)
+    scale_scores(saved, final_score_factor)
+    saved.to(torch.bfloat16).save_pretrained(folder)
     build_byte_tokenizer().save_pretrained(folder)
     record = {
         "command": _command(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "stages": [asdict(stage) for stage in curriculum.stages],
+        "final_score_factor": final_score_factor,
         "seed": trainer.args.seed,
         "optimizer": {"name": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__}
         | {
