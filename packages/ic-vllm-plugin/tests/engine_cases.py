@@ -14,10 +14,16 @@ def run(checkpoint: str, prompts: list[list[int]], new_tokens: int) -> dict:
 
     try:
         engine = LLM(checkpoint, dtype="float32", max_model_len=2048, kv_cache_memory_bytes=64 * 1024**2)
-        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = engine.generate(requests, sampling, use_tqdm=False)
-        return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            # the first token has none
+            "prompt_logprobs": [
+                [next(iter(one.values())).logprob for one in output.prompt_logprobs[1:]] for output in outputs
+            ],
+        }
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

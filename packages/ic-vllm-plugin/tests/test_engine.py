@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from served_models import YARN, prompt_tokens, users_environment, write_checkpoint
 
 NEW_TOKENS = 64
+# random weights give every token a logarithm near log(1 / vocabulary), so that one absolute bound serves all; the
+# trained model's are further apart, and test_server.py has theirs
+LOGPROB_ABSOLUTE = 2e-5
 # absorbed and expanded prefill in one batch
 PROMPTS = [prompt_tokens(length, seed=length) for length in (9, 130, 600)]
 SHAPES = {
@@ -87,6 +90,18 @@ def test_greedy_tokens_equal_those_of_transformers(results, shape):
         expected.append(output[0, len(prompt) :].tolist())
     assert result.get("error") is None
     assert result["tokens"] == expected
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logarithms_of_a_prompts_tokens_agree_with_transformers(results, shape):
+    folder, result = results[shape]
+    model = ICForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for prompt, served in zip(PROMPTS, result["prompt_logprobs"], strict=True):
+        ids = torch.tensor(prompt)
+        with torch.inference_mode():
+            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        expected = logprobs.gather(1, ids[1:, None])[:, 0]
+        assert (torch.tensor(served) - expected).abs().max() < LOGPROB_ABSOLUTE
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

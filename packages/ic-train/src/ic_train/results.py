@@ -103,7 +103,7 @@ def commit() -> tuple[str | None, bool | None]:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("IC_COMMIT"), None
+        return os.environ.get("IC_COMMIT") or None, None
     return head.stdout.strip(), bool(status.stdout.strip())
 
 
