@@ -6,7 +6,8 @@ A document marks where a table goes, and the marks stay:
     <!-- /results -->
 
 What stands between them is made from `bench/results/*/result.json`, never typed. Words after the table's name
-keep only rows with such a field. Of several rows that measured the same, the newest result's is shown.
+keep only rows with such a field. Of several rows that measured the same, the newest result's is shown. Kernels
+are shown beside the peers of the same run: a case's newest result supplies its whole line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ic_model.ops import aot
 from ic_train.evaluation.passkey import wilson_interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,8 +37,16 @@ _RETRIEVAL_KEY = ("task", "model", "engine", "kv_dtype", "context_tokens")
 Row = dict[str, Any]
 
 
+def _measured(row: Row) -> tuple[object, ...]:
+    """What a retrieval result is about, whatever the lengths."""
+    return tuple(row[field] for field in ("task", "model", "engine", "kv_dtype", "gpu"))
+
+
 def retrieval_table(rows: Sequence[Row]) -> str:
     """Share of what was found, by context length, with its 95 % confidence interval (Wilson)."""
+    # of a model only the newest result: an older one was another checkpoint's
+    latest = {_measured(row): row["result"] for row in rows}
+    rows = [row for row in rows if row["result"] == latest[_measured(row)]]
     newest = {tuple(row[field] for field in (*_RETRIEVAL_KEY, "gpu")): row for row in rows}
     lines = [
         "| model | context, tokens | found | share (95 % interval) | engine, KV cache | device | result |",
@@ -55,9 +65,118 @@ def retrieval_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+# what tells the cases of an op apart: (field, heading)
+_CASES: dict[str, tuple[tuple[str, str], ...]] = {
+    "mla_decode": (
+        ("row_dim", "row"), ("heads", "heads"), ("batch", "batch"), ("context_tokens", "context, tokens"),
+        ("lengths", "lengths"), ("query_tokens", "queries"), ("kv_dtype", "cache"),
+    ),
+    "mla_prefill": (
+        ("direction", "direction"), ("heads", "heads"), ("batch", "batch"),
+        ("context_tokens", "context, tokens"),
+    ),
+    "latent_cache": (("row_dim", "row"), ("context_tokens", "tokens"), ("kv_dtype", "cache")),
+    "rms_norm": (
+        ("direction", "direction"), ("residual", "residual"), ("row_dim", "row"),
+        ("context_tokens", "tokens"),
+    ),
+    "rope": (("heads", "heads"), ("context_tokens", "tokens")),
+}  # fmt: skip
+# the op's rate: (field, heading, digits)
+_RATES = {"mla_prefill": ("tflops", "TFLOP/s", 1)}
+_GB_PER_S = ("gb_per_s", "GB/s", 0)
+
+
+def kernels_table(rows: Sequence[Row]) -> str:
+    """Median microseconds of every implementation, one line per case and device, the fastest in bold.
+
+    Rate and roofline are of the fastest implementation of ours: the roofline is the longer of the op's least bytes
+    at the measured bandwidth and its FLOP at the measured bf16 peak, over its time.
+    """
+    return "\n\n".join(
+        _op_table(op, [row for row in rows if row["op"] == op])
+        for op in _CASES
+        if any(row["op"] == op for row in rows)
+    )
+
+
+def _op_table(op: str, rows: Sequence[Row]) -> str:
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (*(row.get(name) for name, _ in _CASES[op]), row["gpu"])
+        found = lines.setdefault(key, [])
+        # rows come oldest first, and a line is of one run
+        if found and found[0]["result"] != row["result"]:
+            found.clear()
+        found.append(row)
+    shown = [row for found in lines.values() for row in found]
+    # ours first, then peers in the order of the newest run
+    impls = sorted(dict.fromkeys(row["impl"] for row in shown), key=lambda name: not _is_ours(shown, name))
+    varying = [place for place in range(len(_CASES[op])) if len({key[place] for key in lines}) > 1]
+    field, heading, digits = _RATES.get(op, _GB_PER_S)
+    titles = [_CASES[op][place][1] for place in varying]
+    header = [*titles, *(f"{name}, us" for name in impls), heading, "of roofline", "device", "result"]
+    aligned = ["---:"] * (len(header) - 2) + ["---"] * 2
+    text = [_markdown(header), _markdown(aligned)]
+    for key, found in sorted(lines.items(), key=lambda item: [_order(value) for value in item[0]]):
+        ours = [row for row in found if row.get("ours")]
+        best = min(ours, key=lambda row: row["median_us"]) if ours else None
+        rate = ["-", "-"] if best is None else [f"{best[field]:,.{digits}f}", f"{best['roofline_share']:.0%}"]
+        cells = [_cell(key[place]) for place in varying] + _times(found, impls) + rate
+        text.append(_markdown([*cells, key[-1], f"`{found[0]['result']}`"]))
+    fixed = [
+        f"{title} {_cell(next(iter(lines))[place])}"
+        for place, (_, title) in enumerate(_CASES[op])
+        if place not in varying
+    ]
+    ours = ", ".join(name for name in impls if _is_ours(shown, name)) or "none"
+    return f"`{op}`{''.join(f', {text}' for text in fixed)}. Ours: {ours}.\n\n" + "\n".join(text)
+
+
+def _times(found: Sequence[Row], impls: Sequence[str]) -> list[str]:
+    times = {row["impl"]: row["median_us"] for row in found}
+    cells = []
+    for name in impls:
+        text = "-"
+        if name in times:
+            text = f"{times[name]:,.0f}" if times[name] >= 1000 else f"{times[name]:.3g}"
+            text = f"**{text}**" if times[name] == min(times.values()) else text
+        cells.append(text)
+    return cells
+
+
+def _is_ours(rows: Sequence[Row], name: str) -> bool:
+    return any(row.get("ours") for row in rows if row["impl"] == name)
+
+
+def _markdown(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers in their order, then words in theirs: a column holds one kind, but for None."""
+    is_number = isinstance(value, int | float)
+    return not is_number, float(value) if is_number else 0.0, "" if is_number else str(value)
+
+
+def aot_table(rows: Sequence[Row]) -> str:
+    """What each kernel needs on each chip, as the compiler said it."""
+    newest = {(row["op"], row["variant"], row["capability"]): row["result"] for row in rows}
+    chosen = [row for row in rows if newest[row["op"], row["variant"], row["capability"]] == row["result"]]
+    return aot.table(chosen)
+
+
 # name in the mark: (fields that its rows have, the table)
 TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "retrieval": (frozenset({*_RETRIEVAL_KEY, "correct", "total"}), retrieval_table),
+    "kernels": (frozenset({"op", "impl", "heads", "batch", "context_tokens", "median_us"}), kernels_table),
+    "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
 }
 
 

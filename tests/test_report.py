@@ -33,7 +33,9 @@ def test_every_committed_result_loads():
     rows = load_rows(ROOT / "bench" / "results")
     assert rows
     assert all(
-        0 <= row["correct"] <= row["total"] == len(row["samples"]) for row in rows if row["task"] == "passkey"
+        0 <= row["correct"] <= row["total"] == len(row["samples"])
+        for row in rows
+        if row.get("task") == "passkey"
     )
 
 

@@ -47,6 +47,37 @@ TOLERANCES = {
         peak=1e-4,
         reason="gradients pass every reordered product twice, and sums over tokens cancel",
     ),
+    "fp32_attention": Tolerance(
+        relative_norm=2e-6,
+        peak=1e-5,
+        reason="attention in float32 by blocks: sums over keys are associated differently, 2**-24 per rounding; "
+        "gradients cancel in dO V^T - delta",
+    ),
+    "fp16_attention": Tolerance(
+        relative_norm=2e-3,
+        peak=4e-3,
+        reason="softmax weights and score gradients are rounded to float16 (2**-12 per rounding) before they are "
+        "multiplied, results once more",
+    ),
+    "bf16_attention": Tolerance(
+        relative_norm=1e-2, peak=2e-2, reason="as fp16_attention, with bfloat16's 2**-9 per rounding"
+    ),
+    "fp16_rounded": Tolerance(
+        relative_norm=1e-3,
+        peak=1.5e-3,
+        reason="computed in float32 and rounded to float16 at most twice (2**-11 each)",
+    ),
+    "bf16_rounded": Tolerance(
+        relative_norm=5e-3,
+        peak=1e-2,
+        reason="computed in float32 and rounded to bfloat16 at most twice (2**-9 each)",
+    ),
+    "fp8_rounded": Tolerance(
+        relative_norm=4e-2,
+        peak=7e-2,
+        reason="stored in float8 e4m3: 3 bits of mantissa, at most 2**-4 per rounding, after one or two to the "
+        "model's dtype",
+    ),
     "bf16_model": Tolerance(
         relative_norm=3e-2,
         peak=5e-2,

@@ -80,6 +80,7 @@ def mla_decode(
     seq_lens: torch.Tensor,
     kv_lora_rank: int,
     softmax_scale: float,
+    kv_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows; the last T rows of a sequence are those of its T queries, causally.
 
@@ -91,6 +92,7 @@ def mla_decode(
         seq_lens: `[B]` integer, cached tokens of each sequence, its T queries included; 0 gives zeros.
         kv_lora_rank: C.
         softmax_scale: factor on the scores.
+        kv_scale: what a number in kv_cache is multiplied by.
 
     Returns:
         out `[B, T, N, C]` in q's dtype, and the log-sum-exp of the scores `[B, T, N]` in float32.
@@ -103,7 +105,9 @@ def mla_decode(
         if tokens == 0:
             continue
         pages = block_table[index, : -(-tokens // page_tokens)].long()
-        rows = kv_cache[pages].flatten(0, 1)[:tokens]
+        rows = _pages(kv_cache, pages).flatten(0, 1)[:tokens]
+        if kv_cache.dtype == torch.float8_e4m3fn or kv_scale != 1.0:
+            rows = rows.float() * kv_scale
         last_seen = torch.arange(tokens - queries, tokens, device=q.device)
         mask = torch.arange(tokens, device=q.device) <= last_seen[:, None]
         out[index], lse[index] = (
@@ -117,3 +121,10 @@ def mla_decode(
             )
         )
     return out, lse
+
+
+def _pages(kv_cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Some pages; PyTorch cannot index every 8-bit float on every device."""
+    if kv_cache.element_size() > 1:
+        return kv_cache[pages]
+    return kv_cache.view(torch.uint8)[pages].view(kv_cache.dtype)

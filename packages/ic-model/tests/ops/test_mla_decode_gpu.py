@@ -1,0 +1,99 @@
+"""Paged decoding on a GPU: the chip's own kernel at the model's sizes, graphs, and more than 2**31 numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_mla_decode import FP8, check, problem
+
+from ic_model.ops.mla_decode import mla_decode
+from ic_model.testing import assert_close
+
+pytestmark = pytest.mark.gpu
+
+LENS = [300, 64, 1, 1000, 0, 4097]
+
+
+@pytest.fixture(params=["hopper", "triton"])
+def implementation(request: pytest.FixtureRequest) -> str:
+    if request.param == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel for Hopper needs one")
+    return request.param
+
+
+def model_problem(lens, **changes):
+    return problem(
+        lens, **({"device": "cuda", "dtype": torch.bfloat16, "page_tokens": 64, "rope_dim": 64} | changes)
+    )
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("heads", [4, 16, 32, 128])
+@pytest.mark.parametrize("rank", [256, 512])
+def test_the_models_sizes(implementation, rank, heads, kv_dtype):
+    check(model_problem(LENS, rank=rank, heads=heads, kv_dtype=kv_dtype), implementation)
+
+
+@pytest.mark.parametrize("query_tokens", [2, 4, 8])
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
+def test_query_tokens(implementation, query_tokens, kv_dtype):
+    lens = [max(length, query_tokens) if length else 0 for length in LENS]
+    made = model_problem(lens, rank=256, heads=5, query_tokens=query_tokens, kv_dtype=kv_dtype)
+    check(made, implementation)
+
+
+@pytest.mark.parametrize("page_tokens", [64, 256])
+def test_float16_and_pages(implementation, page_tokens):
+    check(model_problem(LENS, rank=512, dtype=torch.float16, page_tokens=page_tokens), implementation)
+
+
+def test_a_large_batch(implementation):
+    lens = torch.randint(0, 700, (300,)).tolist()
+    check(model_problem(lens, rank=256), implementation)
+
+
+def test_equal_bits_every_time(implementation):
+    made = model_problem(LENS, rank=512, heads=32)
+    first = made.run(implementation)
+    for _ in range(5):
+        for left, right in zip(first, made.run(implementation), strict=True):
+            assert torch.equal(left, right)
+
+
+def test_a_graph_follows_changed_lengths(implementation):
+    made = model_problem([900, 700, 800], rank=256, heads=32)
+    made.run(implementation)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = made.run(implementation)
+    for lens in ([900, 700, 800], [1, 0, 799], [65, 64, 63], [0, 0, 0], [128, 700, 2]):
+        made.seq_lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        graph.replay()
+        expected, expected_lse = made.expected()
+        assert_close(out, expected, "bf16_attention", what=f"out for {lens}")
+        assert_close(lse, expected_lse, "bf16_attention", what=f"lse for {lens}")
+
+
+def test_pages_beyond_two_to_the_31(implementation):
+    """A cache of 2.3e9 numbers; the sequence lies in its last pages, and its neighbours are NaN."""
+    pages = 2**31 // (64 * 576) + 4000
+    kv_cache = torch.empty(pages, 64, 576, dtype=torch.bfloat16, device="cuda")
+    assert kv_cache.numel() > 2**31
+    used = torch.arange(pages - 8, pages, dtype=torch.int32, device="cuda")
+    kv_cache[used.long()] = torch.randn(8, 64, 576, dtype=torch.bfloat16, device="cuda")
+    made = model_problem([512], rank=512)
+    made.kv_cache, made.block_table = kv_cache, used[None]
+    check(made, implementation)
+
+
+def test_the_chips_own_kernel_is_chosen():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("chooses the kernel for Hopper on Hopper")
+    made = model_problem(LENS, rank=256)
+    out, _ = mla_decode(made.q, made.kv_cache, **made.arguments())
+    assert torch.equal(out, made.run("hopper")[0])
+    # a page of 16 tokens is not for it
+    small = problem(LENS, device="cuda", dtype=torch.bfloat16, rank=256, rope_dim=64, page_tokens=16)
+    out, _ = mla_decode(small.q, small.kv_cache, **small.arguments())
+    assert torch.equal(out, small.run("triton")[0])

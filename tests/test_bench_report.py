@@ -1,0 +1,84 @@
+"""Tables of kernels in documents."""
+
+from bench.report import NO_ROWS, render
+
+DECODE = {
+    "op": "mla_decode", "impl": "triton", "row_dim": 576, "heads": 16, "batch": 1, "context_tokens": 131_072,
+    "lengths": "even", "query_tokens": 1, "kv_dtype": "bfloat16", "median_us": 41.23, "gb_per_s": 3663.0,
+    "tflops": 110.7, "rel_err": 2e-3, "ours": True, "roofline_share": 0.83, "gpu": "NVIDIA H200",
+    "result": "20261124-h200-mla-decode",
+}  # fmt: skip
+PEER = {**DECODE, "impl": "fa3", "ours": False, "median_us": 39.0}
+AOT = {
+    "op": "rope", "variant": "heads32", "capability": 90, "triton": "3.9.0", "num_warps": 4, "num_stages": 1,
+    "shared_bytes": 1024, "shared_limit_bytes": 232_448, "registers": 40, "stack_bytes": 0, "spill_bytes": 0,
+    "mma": "fma", "cp_async": False, "tma": False, "error": None, "result": "20261124-cpu-aot", "gpu": "cpu",
+}  # fmt: skip
+
+
+def _table(mark, rows):
+    text = render(f"<!-- results:{mark} -->\n<!-- /results -->\n", rows, "README.md")
+    return text.splitlines()[1:-1]
+
+
+def test_decode_table():
+    lines = _table(
+        "kernels op=mla_decode row_dim=576",
+        [
+            PEER,
+            DECODE,
+            {**DECODE, "context_tokens": 8192, "median_us": 1234.5},
+            {**DECODE, "batch": 32, "context_tokens": 8192, "impl": "eager", "ours": False},
+            {**DECODE, "row_dim": 320},
+            {"op": "rope", "task": "no kernel row"},
+        ],
+    )
+    assert lines == [
+        "`mla_decode`, row 576, heads 16, lengths even, queries 1, cache bfloat16. Ours: triton.",
+        "",
+        "| batch | context, tokens | triton, us | fa3, us | eager, us | GB/s | of roofline | device | result |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        "| 1 | 8,192 | **1,234** | - | - | 3,663 | 83% | NVIDIA H200 | `20261124-h200-mla-decode` |",
+        "| 1 | 131,072 | 41.2 | **39** | - | 3,663 | 83% | NVIDIA H200 | `20261124-h200-mla-decode` |",
+        "| 32 | 8,192 | - | - | **41.2** | - | - | NVIDIA H200 | `20261124-h200-mla-decode` |",
+    ]
+
+
+def test_a_line_is_of_the_newest_run_alone():
+    newer = {**DECODE, "median_us": 30.0, "result": "20261125-h200-mla-decode"}
+    elsewhere = {**DECODE, "median_us": 60.0, "gpu": "NVIDIA A100"}
+    text = "\n".join(_table("kernels op=mla_decode", [DECODE, PEER, elsewhere, newer]))
+    assert "fa3" not in text, "a peer of another run"
+    assert "41.2" not in text
+    assert "**30**" in text
+    assert "**60**" in text
+
+
+def test_prefill_and_small_ops():
+    prefill = {
+        "op": "mla_prefill", "impl": "triton", "direction": "backward", "heads": 32, "batch": 1,
+        "context_tokens": 8192, "query_tokens": 8192, "median_us": 9000.0, "tflops": 412.34, "gb_per_s": 1.0,
+        "ours": True, "roofline_share": 0.5, "gpu": "H200", "result": "r",
+    }  # fmt: skip
+    lines = _table("kernels op=mla_prefill", [prefill])
+    assert lines[0] == (
+        "`mla_prefill`, direction backward, heads 32, batch 1, context, tokens 8,192. Ours: triton."
+    )
+    assert lines[-1] == "| **9,000** | 412.3 | 50% | H200 | `r` |"
+    norm = {**prefill, "op": "rms_norm", "row_dim": 512, "residual": False}
+    lines = _table("kernels", [norm, {**norm, "residual": True}, prefill])
+    assert sum(line.startswith("`") for line in lines) == 2, "a table per op"
+    assert "| no | **9,000** | 1 | 50% | H200 | `r` |" in lines
+
+
+def test_without_rows():
+    assert _table("kernels op=rope", [DECODE]) == [NO_ROWS]
+
+
+def test_aot_table():
+    older = {**AOT, "shared_bytes": 7777, "result": "20261123-cpu-aot"}
+    gone = {**AOT, "capability": 75, "result": "20261123-cpu-aot"}
+    lines = _table("aot", [older, gone, AOT])
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["sm75", "sm90"]
+    assert "7,777" not in "\n".join(lines)
+    assert "| 1,024 | 232,448 | 40 | 0 | fma |" in lines[-1]
