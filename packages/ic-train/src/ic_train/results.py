@@ -97,13 +97,16 @@ def _command() -> str:
 def commit() -> tuple[str | None, bool | None]:
     """The commit that runs, and whether the tree differed from it.
 
-    Where there is no repository, as in a container or on a job's node, what the variable IC_COMMIT says.
+    The variable IC_COMMIT says so where there is no repository, or another one, as in a container, on a job's node
+    or on a machine that a tree was copied to.
     """
+    if os.environ.get("IC_COMMIT"):
+        return os.environ["IC_COMMIT"], None
     try:
         head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("IC_COMMIT") or None, None
+        return None, None
     return head.stdout.strip(), bool(status.stdout.strip())
 
 

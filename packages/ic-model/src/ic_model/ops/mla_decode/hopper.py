@@ -117,12 +117,14 @@ def _widener(
             mbarrier.wait(ring_full.index(slot), phase)
             latent = latent_ring.index(slot).load(layout)
             k_rope = rope_ring.index(slot).load(layout)
-            mbarrier.arrive(ring_empty.index(slot), count=1)
-            slot, phase = _advance(slot, phase, SLOTS)
             if part == 0:
                 mbarrier.wait(empty.index(wide_slot), wide_phase ^ 1)
             latent_wide.index(wide_slot).slice(part * STEP, STEP, 0).store(latent.to(dtype))
             rope_wide.index(wide_slot).slice(part * STEP, STEP, 0).store(k_rope.to(dtype))
+            # only now has everything arrived in registers: the copy engine does not wait for loads under way
+            fence_async_shared()
+            mbarrier.arrive(ring_empty.index(slot), count=1)
+            slot, phase = _advance(slot, phase, SLOTS)
         fence_async_shared()
         mbarrier.arrive(full.index(wide_slot), count=1)
         wide_slot, wide_phase = _advance(wide_slot, wide_phase, WIDE_SLOTS)

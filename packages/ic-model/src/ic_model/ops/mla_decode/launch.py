@@ -45,7 +45,9 @@ def triton_refuses(
     if reason is None and strides != (1, 1, 1, 1):
         reason = f"the last strides of q, kv_cache, block_table and seq_lens are {strides}; accepted: 1"
     if reason is None and any(stride % ALIGNED for stride in (*q.stride()[:3], *kv_cache.stride()[:2])):
-        reason = f"q has strides {q.stride()} and kv_cache {kv_cache.stride()}; accepted: multiples of {ALIGNED}"
+        reason = (
+            f"q has strides {q.stride()} and kv_cache {kv_cache.stride()}; accepted: multiples of {ALIGNED}"
+        )
     if reason is None and kv_lora_rank > 256 and _capability(q.device) < (8, 0):
         reason = (
             f"kv_lora_rank is {kv_lora_rank}; accepted below capability 8.0: up to 256, for shared memory"
@@ -53,10 +55,23 @@ def triton_refuses(
     return reason
 
 
-def hopper_refuses(
+def hopper_refuses(q: torch.Tensor, kv_cache: torch.Tensor, **others: Any) -> str | None:
+    """Say why the kernel for Hopper cannot take these arguments, or None."""
+    if kv_cache.dtype == FP8:
+        return "its fp8 form goes by the name hopper_fp8"
+    return _hopper_refuses(q, kv_cache, **others)
+
+
+def hopper_fp8_refuses(q: torch.Tensor, kv_cache: torch.Tensor, **others: Any) -> str | None:
+    """Say why the kernel for Hopper cannot take these arguments as fp8 rows, or None."""
+    if kv_cache.dtype != FP8:
+        return f"kv_cache is {kv_cache.dtype}; accepted: {FP8}"
+    return _hopper_refuses(q, kv_cache, **others)
+
+
+def _hopper_refuses(
     q: torch.Tensor, kv_cache: torch.Tensor, *, kv_lora_rank: int, **others: Any
 ) -> str | None:
-    """Say why the kernel for Hopper cannot take these arguments, or None."""
     reason = triton_refuses(q, kv_cache, kv_lora_rank=kv_lora_rank, **others)
     if reason is not None:
         return reason
