@@ -62,7 +62,8 @@ def test_no_package_imports_what_it_must_not(package):
 
 def _is_kernel(node):
     """One loop over tiles, which Triton inlines anyway."""
-    return any(ast.unparse(decorator).endswith(".jit") for decorator in node.decorator_list)
+    decorators = (getattr(decorator, "func", decorator) for decorator in node.decorator_list)
+    return any(ast.unparse(decorator).endswith(".jit") for decorator in decorators)
 
 
 def test_files_and_functions_stay_short():
