@@ -116,7 +116,7 @@ BOUNDS = {
     "float32": (1e-4, "sums in another order"),
     "bfloat16": (
         1e-2,
-        "bfloat16 keeps 8 bits: inputs of the second product and the output are rounded (2**-9 each)",
+        "bfloat16 keeps 8 bits: inputs of the second product and the output are rounded (2**-8 each)",
     ),
     "bfloat16_gradient": (2e-2, "a gradient passes several products whose inputs are rounded to bfloat16"),
     "fp8_store": (
