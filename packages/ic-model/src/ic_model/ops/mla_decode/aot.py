@@ -64,8 +64,7 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
         num_stages=parameters["num_stages"],
         attributes={"table_stride": 1},
         mma={75: "fma", 80: "mma.sync", 89: "mma.sync", 90: "wgmma"}[capability],
-        # there is no room for the accumulators of scalar multiply-adds: the reason for the kernel for Turing
-        max_spill_bytes=4096 if capability == 75 else 1024,
+        max_spill_bytes=MAX_SPILL_BYTES,
     )
 
 
