@@ -187,12 +187,16 @@ def test_an_entry_without_a_field(write):
         block(80)
 
 
+# kernels written for one chip, which nothing launches on another
+ONE_CHIP = {("mla_decode", "hopper"): 90, ("mla_decode", "turing"): 75}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_ends_in_entries_for_every_chip(path):
     entries = read_entries(path)
     for chip in CHIPS:
-        # a kernel that is for one chip has entries for that one alone
-        kernels = {entry.when.get("kernel") for entry in entries if entry.capability == chip}
+        kernels = {entry.when.get("kernel") for entry in entries}
+        kernels -= {kernel for (op, kernel), only in ONE_CHIP.items() if op == path.stem and only != chip}
         last_resorts = [
             entry.when.get("kernel")
             for entry in entries

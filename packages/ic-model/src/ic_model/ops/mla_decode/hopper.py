@@ -271,10 +271,8 @@ def _consumer(
         seq, seq_start, length = _segment(seqs, lens, seq_tiles, ends, tile)
         seq_end = seq_start + (length + 63) // 64
         segment_end = gl.minimum(share_end, seq_end)
-        _load_queries(
-            q_ptr + seq.to(gl.int64) * q_stride_b,
-            q_latent, q_rope, row_block, num_rows, num_heads, q_stride_t, q_stride_n, WARPS,
-        )
+        q_base = q_ptr + seq.to(gl.int64) * q_stride_b
+        _load_queries(q_base, q_latent, q_rope, row_block, num_rows, num_heads, q_stride_t, q_stride_n, WARPS)
         largest = gl.full([BLOCK_ROWS], NEG_INF, gl.float32, gl.SliceLayout(0, score_layout))
         total = gl.zeros([64, BLOCK_ROWS], gl.float32, score_layout)
         out = gl.zeros([C, BLOCK_ROWS], gl.float32, out_layout)
