@@ -63,7 +63,8 @@ scaleDown:
 {{- fail (printf "autoscaling.scaleToZero.cooldownSeconds is %v; it must be at least serving.drain.gracePeriodSeconds, %d" $a.scaleToZero.cooldownSeconds $grace) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (eq $a.kind "keda") (or (lt (int $a.keda.fallbackReplicas) (int $a.minReplicas)) (gt (int $a.keda.fallbackReplicas) (int $a.maxReplicas))) -}}
-{{- fail (printf "autoscaling.keda.fallbackReplicas is %v; it must lie between minReplicas, %v, and maxReplicas, %v" $a.keda.fallbackReplicas $a.minReplicas $a.maxReplicas) -}}
+{{- $fallback := int $a.keda.fallbackReplicas -}}
+{{- if and (eq $a.kind "keda") (ne $fallback 0) (or (lt $fallback (int $a.minReplicas)) (gt $fallback (int $a.maxReplicas))) -}}
+{{- fail (printf "autoscaling.keda.fallbackReplicas is %d; it must be 0 or lie between minReplicas, %v, and maxReplicas, %v" $fallback $a.minReplicas $a.maxReplicas) -}}
 {{- end -}}
 {{- end -}}
