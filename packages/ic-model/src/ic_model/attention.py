@@ -73,19 +73,19 @@ class ICAttention(nn.Module):
         self.attention_dropout = 0.0
         self.scaling = softmax_scale(config)
         heads, width = config.num_attention_heads, config.hidden_size
-        query_width = heads * config.qk_head_dim
+        query_width, bias = heads * config.qk_head_dim, config.attention_bias
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, query_width, bias=False)
+            self.q_proj = nn.Linear(width, query_width, bias=bias)
         else:
             self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
             self.q_a_layernorm = _optional_norm(config.q_latent_norm, config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, config.latent_dim, bias=False)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(width, config.latent_dim, bias=bias)
         self.kv_a_layernorm = _optional_norm(config.kv_latent_norm, config.kv_lora_rank, config.rms_norm_eps)
         self.kv_b_proj = nn.Linear(
             config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=bias)
 
     def forward(
         self,

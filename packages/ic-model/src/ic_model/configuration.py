@@ -22,7 +22,7 @@ _POSITIVE_FIELDS = (
     "v_head_dim",
     "max_position_embeddings",
 )
-ROPE_TYPES = ("default", "yarn")
+ROPE_TYPES = ("default", "yarn", "explicit")
 _YARN_FIELDS = {
     "rope_type",
     "rope_theta",
@@ -59,7 +59,10 @@ class ICConfig(PreTrainedConfig):
         max_position_embeddings: the longest context in tokens that the model is meant for.
         rope_parameters: `{"rope_type": "default", "rope_theta": ...}`, or DeepSeek-V3's YaRN:
             `rope_type="yarn"` with `factor` and `original_max_position_embeddings` (tokens), and
-            optionally `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`.
+            optionally `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`; or `rope_type="explicit"` with
+            `inverse_frequencies`, a list of R / 2 angles in radians per token, as converted models have it.
+        attention_bias: whether the query projection (its last one), `kv_a_proj_with_mqa` and `o_proj` have
+            biases. DeepSeek-V3 has none; models converted from ones with biases do.
         rms_norm_eps: epsilon of every RMSNorm.
         hidden_act: activation of the feed-forward gate; only "silu" is accepted.
         tie_word_embeddings: whether the output projection is the embedding.
@@ -85,6 +88,7 @@ class ICConfig(PreTrainedConfig):
     v_head_dim: int = 128
     kv_latent_norm: bool = True
     q_latent_norm: bool = True
+    attention_bias: bool = False
     hidden_act: str = "silu"
     max_position_embeddings: int = 131072
     initializer_range: float = 0.02
@@ -122,6 +126,9 @@ class ICConfig(PreTrainedConfig):
         if theta is not None:
             rope.setdefault("rope_theta", theta)
         old_type = rope.pop("type", "default")
+        if rope.get("rope_type", old_type) == "explicit":
+            # transformers puts its default there when it reads a configuration; the angles are given already
+            rope.pop("rope_theta", None)
         return {"rope_type": old_type, **(rope or {"rope_theta": 10000.0})}
 
     def _validate_shapes(self) -> None:
@@ -161,14 +168,21 @@ class ICConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters['rope_type'] is {rope_type!r}; accepted: {', '.join(ROPE_TYPES)}"
             )
-        self._check_rope_number("rope_theta", above=0)
-        accepted = _YARN_FIELDS if rope_type == "yarn" else {"rope_type", "rope_theta"}
+        accepted = {
+            "default": {"rope_type", "rope_theta"},
+            "yarn": _YARN_FIELDS,
+            "explicit": {"rope_type", "inverse_frequencies"},
+        }[rope_type]
         unknown = sorted(set(rope) - accepted)
         if unknown:
             raise ValueError(
                 f"rope_parameters has unknown keys {unknown}; accepted for rope_type {rope_type!r}: "
                 f"{sorted(accepted)}"
             )
+        if rope_type == "explicit":
+            self._check_frequencies(rope.get("inverse_frequencies"))
+            return
+        self._check_rope_number("rope_theta", above=0)
         if rope_type == "yarn":
             self._check_rope_number("factor", least=1)
             # the context in tokens that the model had before the extension
@@ -176,6 +190,19 @@ class ICConfig(PreTrainedConfig):
             for optional in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
                 if rope.get(optional) is not None:
                     self._check_rope_number(optional, least=0)
+
+    def _validate_explicit_rope_parameters(self, rope: dict[str, Any], **_: Any) -> None:
+        """The hook by which transformers validates a type of RoPE; `_validate_rope` has done it."""
+
+    def _check_frequencies(self, value: Any) -> None:
+        pairs = self.qk_rope_head_dim // 2
+        listed = isinstance(value, list | tuple) and len(value) == pairs
+        if not (listed and all(_is_number(one) and one >= 0 for one in value)):
+            shown = f"{len(value)} entries" if isinstance(value, list | tuple) else repr(value)
+            raise ValueError(
+                f"rope_parameters['inverse_frequencies'] is {shown}; it must be a list of "
+                f"qk_rope_head_dim / 2 = {pairs} finite numbers of at least 0"
+            )
 
     def _check_rope_number(self, name: str, *, above: float = -math.inf, least: float = -math.inf) -> None:
         assert self.rope_parameters is not None

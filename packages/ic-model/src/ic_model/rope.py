@@ -62,7 +62,13 @@ def rope_tables(config: ICConfig, position_ids: torch.Tensor) -> tuple[torch.Ten
         cos and sin, each `[B, T, R / 2]` float32, on the device of `position_ids`.
     """
     rope = _rope_parameters(config)
-    key = tuple(sorted((name, value) for name, value in rope.items() if value is not None))
+    key = tuple(
+        sorted(
+            (name, tuple(value) if isinstance(value, list) else value)
+            for name, value in rope.items()
+            if value is not None
+        )
+    )
     table = _frequencies_on(key, config.qk_rope_head_dim, position_ids.device)
     angles = position_ids[..., None].to(torch.float32) * table
     scale = cos_sin_scale(config)
@@ -98,6 +104,8 @@ def _frequencies_on(rope: tuple[tuple[str, Any], ...], dim: int, device: torch.d
 
 
 def _inverse_frequencies(rope: dict[str, Any], dim: int) -> torch.Tensor:
+    if rope["rope_type"] == "explicit":
+        return torch.tensor(rope["inverse_frequencies"], dtype=torch.float32, device="cpu")
     frequencies = rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     extrapolated = 1.0 / frequencies
     if rope["rope_type"] != "yarn":

@@ -70,6 +70,8 @@ _COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# what has a bias where the configuration says attention_bias
+_BIASED = ("self_attn.q_proj", "self_attn.q_b_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
@@ -88,6 +90,8 @@ def tensor_shapes(config: ICConfig) -> dict[str, tuple[int, ...]]:
     for index in range(config.num_hidden_layers):
         for name, shape in _layer_shapes(config).items():
             shapes[f"model.layers.{index}.{name}.weight"] = shape
+            if config.attention_bias and name in _BIASED:
+                shapes[f"model.layers.{index}.{name}.bias"] = shape[:1]
     return shapes
 
 
@@ -135,11 +139,21 @@ def to_deepseek_config(config: ICConfig) -> DeepseekV3Config:
             "q_latent_norm is False; DeepSeek-V3 always norms the query latent (accepted: True, or "
             "q_lora_rank None)"
         )
+    if config.attention_bias:
+        raise ValueError(
+            "attention_bias is True; DeepSeek-V3 has biases in other places, and vLLM's in none (accepted: False)"
+        )
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type") == "explicit":
+        raise ValueError(
+            "rope_parameters['rope_type'] is 'explicit'; DeepSeek-V3's angles follow from rope_theta (accepted: "
+            "'default', 'yarn'; convert with --frequencies standard)"
+        )
     _check_norm_eps(config.rms_norm_eps)
     _check_mscale(config)
     return DeepseekV3Config(
         **{field: getattr(config, field) for field in _SHARED_FIELDS},
-        rope_parameters=dict(config.rope_parameters or {}),
+        rope_parameters=dict(rope),
         first_k_dense_replace=config.num_hidden_layers,
         num_mtp_layers=0,
         tie_word_embeddings=False,

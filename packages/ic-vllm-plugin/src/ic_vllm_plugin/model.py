@@ -101,8 +101,12 @@ class LatentAttention(nn.Module):
         )
 
     def _build_projections(self, config: ICConfig, quant_config: Any, prefix: str) -> None:
+        biased = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj") if config.attention_bias else ()
+
         def linear(cls: type[nn.Module], name: str, inputs: int, outputs: int) -> nn.Module:
-            return cls(inputs, outputs, bias=False, quant_config=quant_config, prefix=f"{prefix}.{name}")
+            return cls(
+                inputs, outputs, bias=name in biased, quant_config=quant_config, prefix=f"{prefix}.{name}"
+            )
 
         heads, eps = config.num_attention_heads, config.rms_norm_eps
         query_dim = heads * config.qk_head_dim
