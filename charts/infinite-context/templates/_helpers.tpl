@@ -47,6 +47,15 @@ app.kubernetes.io/instance: {{ $root.Release.Name }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
+{{/* Labels of a component's pods, without versions: a new version of the chart alone restarts no engine. */}}
+{{- define "ic.podLabels" -}}
+{{ include "ic.componentSelectorLabels" . }}
+app.kubernetes.io/part-of: infinite-context
+{{- with (index . 0).Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{/* The string that vLLM takes as `model` in requests and exposes as the label `model_name` of its metrics. */}}
 {{- define "ic.servedModelName" -}}
 {{- .Values.model.servedName -}}
@@ -69,4 +78,18 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- define "ic.image" -}}
 {{- printf "%s:%s" .repository .tag -}}
 {{- with .digest }}@{{ . }}{{- end -}}
+{{- end -}}
+
+{{/* "yes" where something else than this chart sets the number of replicas. */}}
+{{- define "ic.autoscaled" -}}
+{{- if ne (default "none" (.Values.autoscaling).kind) "none" -}}yes{{- end -}}
+{{- end -}}
+
+{{/* The Service that clients use: the router's where there is one. */}}
+{{- define "ic.entryName" -}}
+{{- include "ic.fullname" . -}}{{- if .Values.router.enabled -}}-router{{- end -}}
+{{- end -}}
+
+{{- define "ic.entryPort" -}}
+{{- if .Values.router.enabled -}}{{- .Values.router.port -}}{{- else -}}{{- .Values.service.port -}}{{- end -}}
 {{- end -}}
