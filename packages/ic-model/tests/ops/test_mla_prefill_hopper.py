@@ -1,4 +1,4 @@
-"""The forward kernel for Hopper on the CPU: its own Python code, a thread for each group of warps.
+"""The kernels for Hopper on the CPU: their own Python code, a thread for each group of warps.
 
 What this checks is the arithmetic, the masks, the addresses, and who waits for whom; layouts mean nothing here.
 What would hang on a GPU fails after a time.
@@ -15,7 +15,7 @@ import torch
 from gluon_emulation import GL, Emulated, Shared, Tensor, tensor
 
 from ic_model.ops.launch import overriding
-from ic_model.ops.mla_prefill import hopper, launch, reference
+from ic_model.ops.mla_prefill import hopper, hopper_backward, launch, reference
 from ic_model.testing import assert_close
 
 KEYS, QUERIES, SLOTS = 16, 32, 2
@@ -116,8 +116,17 @@ class Descriptor:
 
     def __init__(self, found):
         self.base = found.base.numpy()
-        self.block_shape, self.layout, self.dtype = list(found.block_shape), None, np.dtype("float16")
-        self.block_type = types.SimpleNamespace(nbytes=2 * int(np.prod(self.block_shape)))
+        self.block_shape, self.layout, self.dtype = list(found.block_shape), None, self.base.dtype
+        self.block_type = types.SimpleNamespace(nbytes=self.base.itemsize * int(np.prod(self.block_shape)))
+
+
+adding = threading.Lock()
+
+
+def atomic_add(pointer, values, sem):
+    assert (pointer.offset >= 0).all() and sem == "relaxed"
+    with adding:
+        np.add.at(pointer.memory, pointer.offset, values)
 
 
 def scalar(value):
@@ -137,11 +146,12 @@ class EmulatedHopper(Emulated):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """The kernel's stand-in, with small blocks."""
+    """The kernels' stand-ins; the forward one with small blocks."""
     replaced = {
         "_advance": lambda slot, phase, slots: ((slot + 1) % slots, phase ^ (slot + 1 == slots)),
         "_barriers": barriers,
         "_copy_tile": copy_tile,
+        "_opaque": lambda number: number,
         "mbarrier": types.SimpleNamespace(expect=expect, arrive=lambda b, count: arrive(b, count), wait=wait),
         "warpgroup_mma": product,
         "warpgroup_mma_wait": lambda number, deps: deps[0] if len(deps) == 1 else tuple(deps),
@@ -149,6 +159,7 @@ def emulated(monkeypatch):
     }
     extra = {
         "allocate_shared_memory": lambda dtype, shape, layout: Ring(np.full(shape, np.nan, dtype)),
+        "atomic_add": atomic_add,
         "convert_layout": lambda value, layout: value,
         "static_range": range,
         "num_warps": lambda: 4,
@@ -162,9 +173,9 @@ def emulated(monkeypatch):
     for name, value in extra.items():
         monkeypatch.setattr(GL, name, value, raising=False)
     monkeypatch.setattr(Tensor, "type", types.SimpleNamespace(layout=None), raising=False)
-    monkeypatch.setattr(
-        hopper, "forward_hopper_kernel", EmulatedHopper(hopper.forward_hopper_kernel, replaced)
-    )
+    monkeypatch.setattr(Tensor, "permute", lambda value, order: value.transpose(order), raising=False)
+    for module, name in ((hopper, "forward_hopper_kernel"), (hopper_backward, "backward_hopper_kernel")):
+        monkeypatch.setattr(module, name, EmulatedHopper(getattr(module, name), replaced))
     with overriding(
         "mla_prefill", {"block_queries": QUERIES, "block_keys": KEYS, "slots": SLOTS}, kernel="gluon"
     ):
@@ -200,3 +211,49 @@ def test_dense(emulated, queries):
     expected = reference.mla_prefill_dense(*(part.float() for part in (q, k, v)), **options)
     assert_close(out, expected[0], "fp16_attention")
     assert_close(lse, expected[1], "fp32_attention")
+
+
+def gradients(q, k, v, d_out, **options):
+    """Out, and the gradients of q, k and v."""
+    leaves = [part.detach().requires_grad_() for part in (q, k, v)]
+    function = launch.mla_prefill if "gluon" in options else reference.mla_prefill
+    out = function(*leaves, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads", [(2, 1), (2, 2)], ids=["grouped", "plain"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_backward_of_packed_sequences(emulated, causal, heads):
+    """Lengths about blocks of 64 queries and 128 keys; more keys than queries, fewer, none; NaN in rows of nobody."""
+    lens_q, lens_k, spare = (1, 260, 70, 9, 0, 64, 128), (40, 260, 30, 0, 11, 193, 128), 150
+    sizes = ((lens_q, heads[0], 192), (lens_k, heads[1], 192), (lens_k, heads[1], 128), (lens_q, heads[0], 128))
+    parts = [torch.randn(sum(lens) + spare, count, dim).half() for lens, count, dim in sizes]
+    for part, (lens, _, _) in zip(parts, sizes, strict=True):
+        part[sum(lens) :] = torch.nan
+    starts = [torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)]
+    options = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": 260, "max_seqlen_k": 260}
+    options |= {"softmax_scale": 192**-0.5, "causal": causal}
+    found = gradients(*parts, **options, gluon=True)
+    used = [part[: sum(lens)].float() for part, (lens, _, _) in zip(parts, sizes, strict=True)]
+    expected = gradients(*used, **options)
+    for name, actual, wanted in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        assert_close(actual[: len(wanted)], wanted, "fp16_attention", what=name)
+        assert (actual[len(wanted) :] == 0).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("queries", [137, 120])
+def test_backward_of_a_dense_batch(emulated, queries):
+    parts = [
+        torch.randn(2, tokens, 2, dim).half()
+        for tokens, dim in ((queries, 192), (137, 192), (137, 128), (queries, 128))
+    ]
+    options = {"softmax_scale": 192**-0.5, "causal": True}
+    problem = launch.Problem(cu_q=None, cu_k=None, gluon=True, **options)
+    out, lse = launch.forward_gluon(*parts[:3], problem)
+    found = launch.backward_gluon(parts[3], *parts[:3], out, lse, problem)
+    leaves = [part.float().requires_grad_() for part in parts[:3]]
+    expected = torch.autograd.grad(reference.mla_prefill_dense(*leaves, **options), leaves, parts[3].float())
+    for name, actual, wanted in zip(("dq", "dk", "dv"), found, expected, strict=True):
+        assert_close(actual, wanted, "fp16_attention", what=name)
