@@ -1,0 +1,88 @@
+"""Prometheus and Alertmanager: those of the machine, or Debian's, fetched by apt-get and unpacked beside the system.
+
+Unpacked, not installed: a package's installation would start its service, which listens on all interfaces.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("prometheus", "prometheus-alertmanager")
+APT_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """Paths of the programs."""
+
+    prometheus: Path
+    promtool: Path
+    alertmanager: Path
+    amtool: Path
+
+
+NAMES = {
+    "prometheus": "prometheus",
+    "promtool": "promtool",
+    "alertmanager": "prometheus-alertmanager",
+    "amtool": "amtool",
+}
+
+
+def programs() -> Programs:
+    """The four programs, fetched when one is missing."""
+    found = {key: shutil.which(name) for key, name in NAMES.items()}
+    if not all(found.values()):
+        folder = _unpacked() / "usr" / "bin"
+        found = {key: str(folder / name) for key, name in NAMES.items()}
+    return Programs(**{key: Path(path) for key, path in found.items() if path})
+
+
+def _unpacked() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infinite-context"
+    folder = base / "prometheus-debian"
+    if folder.is_dir():
+        return folder
+    base.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base) as name:
+        scratch = Path(name)
+        # apt drops its rights to a user who must be able to write here
+        scratch.chmod(0o777)
+        if _apt("download", *PACKAGES, folder=scratch).returncode:
+            # a fresh machine has no lists of packages yet
+            updated = _apt("update", folder=scratch)
+            assert not updated.returncode, updated.stderr
+            fetched = _apt("download", *PACKAGES, folder=scratch)
+            assert not fetched.returncode, fetched.stderr
+        for package in scratch.glob("*.deb"):
+            subprocess.run(["dpkg-deb", "--extract", package, scratch / "root"], check=True, timeout=APT_TIMEOUT_S)
+        if not folder.is_dir():
+            (scratch / "root").rename(folder)
+    return folder
+
+
+def _apt(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["apt-get", "--quiet", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=APT_TIMEOUT_S,
+        env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+        check=False,
+    )
+
+
+def run(program: Path, *arguments: Any) -> str:
+    """What a program prints; it must succeed."""
+    done = subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert not done.returncode, done.stdout + done.stderr
+    return done.stdout
