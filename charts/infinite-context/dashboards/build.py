@@ -1,6 +1,6 @@
 """Write the dashboards as JSON: `python charts/infinite-context/dashboards/build.py [--check]`.
 
-The JSON in files/dashboards is what the chart ships; --check fails when it is not what this code makes.
+The JSON in files/grafana is what the chart ships; --check fails when it is not what this code makes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import serving
 import training
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-FOLDER = Path(__file__).parents[1] / "files" / "dashboards"
+FOLDER = Path(__file__).parents[1] / "files" / "grafana"
 BOARDS = {
     "serving": serving.build,
     "long-context": long_context.build,

@@ -7,6 +7,8 @@ from typing import Any
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 from panels import MODEL, TARGET, add, dashboard, graph, number, quantiles, release_variables
 
+TTFT = "vllm:time_to_first_token_seconds"
+
 
 def build() -> Dashboard:
     """Health, latency, throughput, queue and errors of a release."""
@@ -38,7 +40,7 @@ def _now() -> list[Any]:
             "TTFT p95",
             "Time to first token, last 5 minutes; no value without traffic.",
             "s",
-            f"histogram_quantile(0.95, sum by (le) (rate(vllm:time_to_first_token_seconds_bucket{{{MODEL}}}[5m])))",
+            f"histogram_quantile(0.95, sum by (le) (rate({TTFT}_bucket{{{MODEL}}}[5m])))",
         ),
         number(
             "5xx", "Share of requests.", "percentunit", f"max(ic:http_errors:ratio{{{TARGET}}})", alarm=0.05
@@ -52,7 +54,7 @@ def _latency() -> list[Any]:
             "Time to first token",
             "Queue and prefill. Grows with the context.",
             "s",
-            *quantiles("vllm:time_to_first_token_seconds", MODEL),
+            *quantiles(TTFT, MODEL),
         ),
         graph(
             "Time between tokens",

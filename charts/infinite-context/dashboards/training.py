@@ -83,6 +83,7 @@ def _gpus() -> list[Any]:
 
 def _machines() -> list[Any]:
     disk = 'instance=~"$instance", device!~"loop.*|ram.*"'
+    idle = 'instance=~"$instance", mode="idle"'
     return [
         graph(
             "Network",
@@ -118,7 +119,7 @@ def _machines() -> list[Any]:
             "Share in use: loaders of data.",
             "percentunit",
             (
-                '1 - avg by (instance) (rate(node_cpu_seconds_total{instance=~"$instance", mode="idle"}[$__rate_interval]))',
+                f"1 - avg by (instance) (rate(node_cpu_seconds_total{{{idle}}}[$__rate_interval]))",
                 "{{instance}}",
             ),
             max=1,
