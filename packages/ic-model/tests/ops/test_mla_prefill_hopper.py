@@ -182,9 +182,9 @@ def emulated(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("consumers", [1, 2])
+@pytest.mark.parametrize(("consumers", "turns"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_packed_sequences(emulated, causal, consumers):
+def test_packed_sequences(emulated, causal, consumers, turns):
     """Lengths about blocks; more keys than queries, fewer, none; rows of no sequence are NaN and get zeros."""
     lens_q, lens_k, spare = (1, 50, 17, 9, 0, 16), (40, 50, 7, 0, 11, 33), 37
     sizes = ((lens_q, 4, 192), (lens_k, 2, 192), (lens_k, 2, 128))
@@ -194,7 +194,7 @@ def test_packed_sequences(emulated, causal, consumers):
     starts = [torch.tensor([0, *lens]).cumsum(0).int() for lens in (lens_q, lens_k)]
     options = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": 50, "max_seqlen_k": 50}
     options |= {"softmax_scale": 192**-0.5, "causal": causal, "return_lse": True}
-    with overriding("mla_prefill", {"consumers": consumers}, kernel="gluon"):
+    with overriding("mla_prefill", {"consumers": consumers, "turns": turns}, kernel="gluon"):
         out, lse = launch.mla_prefill(q, k, v, **options, gluon=True)
     expected = reference.mla_prefill(*(part.float() for part in (q, k, v)), **options)
     assert_close(out, expected[0], "fp16_attention")
@@ -227,7 +227,12 @@ def gradients(q, k, v, d_out, **options):
 def test_backward_of_packed_sequences(emulated, causal, heads):
     """Lengths about blocks of 64 queries and 128 keys; more keys than queries, fewer, none; NaN in rows of nobody."""
     lens_q, lens_k, spare = (1, 260, 70, 9, 0, 64, 128), (40, 260, 30, 0, 11, 193, 128), 150
-    sizes = ((lens_q, heads[0], 192), (lens_k, heads[1], 192), (lens_k, heads[1], 128), (lens_q, heads[0], 128))
+    sizes = (
+        (lens_q, heads[0], 192),
+        (lens_k, heads[1], 192),
+        (lens_k, heads[1], 128),
+        (lens_q, heads[0], 128),
+    )
     parts = [torch.randn(sum(lens) + spare, count, dim).half() for lens, count, dim in sizes]
     for part, (lens, _, _) in zip(parts, sizes, strict=True):
         part[sum(lens) :] = torch.nan

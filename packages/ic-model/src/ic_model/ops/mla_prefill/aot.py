@@ -11,8 +11,12 @@ from ic_model.ops.mla_prefill.backward import delta_kernel, keys_kernel, queries
 from ic_model.ops.mla_prefill.blocks import UNSPECIALIZED
 from ic_model.ops.mla_prefill.hopper import UNSPECIALIZED as HOPPER_UNSPECIALIZED
 from ic_model.ops.mla_prefill.hopper import forward_hopper_kernel
+from ic_model.ops.mla_prefill.hopper_backward import UNSPECIALIZED as HOPPER_BACKWARD_UNSPECIALIZED
+from ic_model.ops.mla_prefill.hopper_backward import backward_hopper_kernel
+from ic_model.ops.mla_prefill.hopper_sums import UNSPECIALIZED as SUMS_UNSPECIALIZED
+from ic_model.ops.mla_prefill.hopper_sums import finish_kernel, prepare_kernel
 from ic_model.ops.mla_prefill.kernel import forward_kernel
-from ic_model.ops.mla_prefill.launch import GLUON_DIMS, GLUON_PIECES, precision, widths
+from ic_model.ops.mla_prefill.launch import GLUON_DIMS, GLUON_PIECES, GLUON_SIDE, precision, widths
 
 # query or key, value: ic-1b and DeepSeek-V3, then other models' shapes
 DIMS = ((192, 128), (128, 128), (64, 64))
@@ -20,6 +24,8 @@ DIMS = ((192, 128), (128, 128), (64, 64))
 # per thread; a few registers around the masked blocks, of which there are one or two per program. With Triton 3.6
 # the keys' kernel on Hopper spills 76 bytes and was the fastest all the same
 MAX_SPILL_BYTES = 80
+# likewise of both of its consumers together: dK and dV leave them 80 registers per thread
+MAX_BACKWARD_SPILL_BYTES = 320
 
 
 def variants(capability: int) -> list[AotVariant]:
@@ -35,7 +41,10 @@ def variants(capability: int) -> list[AotVariant]:
         for kernel in ("backward_keys", "backward_queries", "delta"):
             found.append(backward_variant(capability, kernel, qk_dim, v_dim))
     if capability == 90:
-        found += [gluon_variant(packed=packed) for packed in (True, False)]
+        for packed in (True, False):
+            found += [gluon_variant(packed=packed), gluon_backward_variant(packed=packed)]
+        for kernel in ("prepare", "finish"):
+            found.append(gluon_sums_variant(kernel))
     return found
 
 
@@ -71,11 +80,75 @@ def gluon_variant(*, packed: bool = True, causal: bool = True, **changes: int) -
             "SLOTS": parameters["slots"],
             "CAUSAL": causal,
             "PACKED": packed,
+            "TURNS": bool(parameters["turns"]) and parameters["consumers"] == 2,
         },
         attributes=dict.fromkeys(HOPPER_UNSPECIALIZED, 1),
         num_warps=parameters["num_warps"],
         max_spill_bytes=MAX_SPILL_BYTES,
         mma="wgmma",
+    )
+
+
+def gluon_backward_variant(*, packed: bool = True, causal: bool = True, **changes: int) -> AotVariant:
+    """The backward kernel for Hopper.
+
+    Args:
+        packed: whether sequences are packed.
+        causal: see `mla_prefill`.
+        changes: launch parameters other than those of the tuning file.
+    """
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    parameters = _parameters("gluon_backward", 90, *GLUON_DIMS) | changes
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    flat = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    signature, missing = _signature(
+        backward_hopper_kernel,
+        "bf16",
+        widths(*GLUON_DIMS),
+        {"tma": 1, "block_queries": GLUON_SIDE, "block_keys": GLUON_SIDE},
+        packed=packed,
+    )
+    for name in [name for name in signature if "_desc" in name]:
+        width = GLUON_PIECES[1] if name.endswith("_1") else GLUON_PIECES[0]
+        signature[name] = f"tensordesc<bf16{[GLUON_SIDE, width]},{layout!r}>"
+    signature["sums_desc"] = f"tensordesc<fp32{[2, GLUON_SIDE]},{flat!r}>"
+    signature["d_q_ptr"] = "*fp32"
+    return AotVariant(
+        name=f"gluon_backward {GLUON_DIMS[0]}/{GLUON_DIMS[1]} {'packed' if packed else 'dense'}",
+        function=backward_hopper_kernel,
+        signature=signature,
+        constants={
+            **missing,
+            "GROUP": 1,
+            "SLOTS": parameters["slots"],
+            "CAUSAL": causal,
+            "PACKED": packed,
+        },
+        attributes=dict.fromkeys(HOPPER_BACKWARD_UNSPECIALIZED, 1),
+        num_warps=parameters["num_warps"],
+        max_spill_bytes=MAX_BACKWARD_SPILL_BYTES,
+        mma="wgmma",
+    )
+
+
+def gluon_sums_variant(kernel: str, *, packed: bool = True) -> AotVariant:
+    """What runs before and after the backward kernel for Hopper.
+
+    Args:
+        kernel: "prepare" or "finish".
+        packed: whether sequences are packed.
+    """
+    function = {"prepare": prepare_kernel, "finish": finish_kernel}[kernel]
+    signature, missing = _signature(function, "bf16", {}, {}, packed=packed)
+    signature |= {name: "*fp32" for name in ("sums_ptr", "d_q_sum_ptr") if name in signature}
+    return AotVariant(
+        name=f"{kernel} of gluon_backward",
+        function=function,
+        signature=signature,
+        constants={**missing, "PACKED": packed} | ({"V_DIM": GLUON_DIMS[1]} if kernel == "prepare" else {}),
+        attributes={name: 1 for name in (*SUMS_UNSPECIALIZED,) if name in signature},
+        num_warps=4,
     )
 
 

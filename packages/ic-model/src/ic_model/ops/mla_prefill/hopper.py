@@ -131,18 +131,26 @@ def _weigh(
 @gluon.jit
 def _step(
     q_0, q_1, k_0, k_1, k_full, k_empty, v, v_full, v_empty, slot, phase, last_slot, last_phase,
-    weights, largest, total, out, scale_log2, last_seen, MASKED: gl.constexpr,
+    weights, largest, total, out, scale_log2, last_seen, turns, turn,
+    PART: gl.constexpr, MASKED: gl.constexpr, TURNS: gl.constexpr,
 ):
-    """Scores and softmax of one tile while the values of the one before are multiplied."""
+    """Scores and softmax of one tile while the values of the one before are multiplied.
+
+    With TURNS the consumers start their products in turn, so that one's softmax falls into the other's products.
+    """
     KEYS: gl.constexpr = k_0.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     dtype: gl.constexpr = weights.dtype
     weights_layout: gl.constexpr = weights.type.layout
     mbarrier.wait(k_full.index(slot), phase)
+    if TURNS:
+        mbarrier.wait(turns.index(PART), turn)
     scores = _score(q_0, q_1, k_0.index(slot), k_1.index(slot), score_layout)
     mbarrier.wait(v_full.index(last_slot), last_phase)
     out = warpgroup_mma(weights, v.index(last_slot), out, is_async=True)
+    if TURNS:
+        mbarrier.arrive(turns.index(1 - PART), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot), count=1)
     new_weights, largest, total, decay = _weigh(
@@ -168,13 +176,15 @@ def _clear_rows(buffer, valid):
         part = buffer.slice(column, 64, 1)
         values = part.load(layout)
         part.store(gl.where((rows < valid)[:, None], values, gl.zeros_like(values)))
+        # before any barrier that comes after the store: the tensor cores read what other warps wrote
+        fence_async_shared()
 
 
 @gluon.jit
 def _consumer(
     out_ptr, lse_ptr, scale_log2, first_query, q_len, rows_end, k_len, tiles, whole_tiles, out_stride_t,
-    q_0_parts, q_1_parts, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty,
-    PART: gl.constexpr, CAUSAL: gl.constexpr,
+    q_0_parts, q_1_parts, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty, turns,
+    PART: gl.constexpr, CAUSAL: gl.constexpr, TURNS: gl.constexpr,
 ):
     """Attend with one part of the queries to all tiles, and write its rows. There is at least one tile."""
     SLOTS: gl.constexpr = k_0.shape[0]
@@ -207,19 +217,24 @@ def _consumer(
     out = gl.zeros([QUERIES, V_DIM], gl.float32, out_layout)
     last_slot, last_phase = 0, 0
     slot, phase = _advance(last_slot, last_phase, SLOTS)
+    turn = 0
+    if TURNS and PART == 1:
+        mbarrier.arrive(turns.index(0), count=1)
     # tiles that every query sees whole come first: a mask in their loop would cost time in each
     for _ in range(1, whole_tiles):
         weights, largest, total, out = _step(
             q_0, q_1, k_0, k_1, k_full, k_empty, v, v_full, v_empty, slot, phase, last_slot, last_phase,
-            weights, largest, total, out, scale_log2, last_seen, False,
+            weights, largest, total, out, scale_log2, last_seen, turns, turn, PART, False, TURNS,
         )
+        turn = turn ^ 1
         last_slot, last_phase = slot, phase
         slot, phase = _advance(slot, phase, SLOTS)
     for tile in range(gl.maximum(whole_tiles, 1), tiles):
         weights, largest, total, out = _step(
             q_0, q_1, k_0, k_1, k_full, k_empty, v, v_full, v_empty, slot, phase, last_slot, last_phase,
-            weights, largest, total, out, scale_log2, last_seen - tile * KEYS, True,
+            weights, largest, total, out, scale_log2, last_seen - tile * KEYS, turns, turn, PART, True, TURNS,
         )
+        turn = turn ^ 1
         last_slot, last_phase = slot, phase
         slot, phase = _advance(slot, phase, SLOTS)
     mbarrier.wait(v_full.index(last_slot), last_phase)
@@ -227,7 +242,6 @@ def _consumer(
     valid = k_len - (tiles - 1) * KEYS
     if valid < KEYS:
         _clear_rows(v.index(last_slot), valid)
-        fence_async_shared()
     out = warpgroup_mma(weights, v.index(last_slot), out, is_async=True)
     out, weights = warpgroup_mma_wait(0, deps=[out, weights])
 
@@ -262,7 +276,7 @@ def forward_hopper_kernel(
     scale_log2, num_seqs, tokens_q, tokens_k, q_batch_rows, k_batch_rows, v_batch_rows,
     q_stride_n, k_stride_n, v_stride_n, out_stride_b, out_stride_t, out_stride_n, lse_stride_b, lse_stride_n,
     GROUP: gl.constexpr, CONSUMERS: gl.constexpr, SLOTS: gl.constexpr,
-    CAUSAL: gl.constexpr, PACKED: gl.constexpr,
+    CAUSAL: gl.constexpr, PACKED: gl.constexpr, TURNS: gl.constexpr,
 ):
     """Out and log-sum-exp of one block of queries of one head; grid as `kernel.forward_kernel`.
 
@@ -286,6 +300,7 @@ def forward_hopper_kernel(
     v_full = _barriers(SLOTS, 1)
     k_empty = _barriers(SLOTS, CONSUMERS)
     v_empty = _barriers(SLOTS, CONSUMERS)
+    turns = _barriers(2, 1)
 
     seq, block, q_start, q_len = _locate(gl.program_id(0), cu_q_ptr, num_seqs, tokens_q, QUERIES, PACKED)
     k_start = q_start
@@ -329,14 +344,16 @@ def forward_hopper_kernel(
                     _consumer,
                     (
                         out_ptr, lse_ptr, scale_log2, first_query, q_len, rows_end, k_len, tiles, whole_tiles,
-                        out_stride_t, q_0, q_1, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty, 0, CAUSAL,
+                        out_stride_t, q_0, q_1, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty,
+                        turns, 0, CAUSAL, TURNS,
                     ),
                 ),
                 (
                     _consumer,
                     (
                         out_ptr, lse_ptr, scale_log2, first_query, q_len, rows_end, k_len, tiles, whole_tiles,
-                        out_stride_t, q_0, q_1, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty, 1, CAUSAL,
+                        out_stride_t, q_0, q_1, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty,
+                        turns, 1, CAUSAL, TURNS,
                     ),
                 ),
                 (
@@ -358,7 +375,8 @@ def forward_hopper_kernel(
                     _consumer,
                     (
                         out_ptr, lse_ptr, scale_log2, first_query, q_len, rows_end, k_len, tiles, whole_tiles,
-                        out_stride_t, q_0, q_1, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty, 0, CAUSAL,
+                        out_stride_t, q_0, q_1, q_full, k_0, k_1, k_full, k_empty, v, v_full, v_empty,
+                        turns, 0, CAUSAL, TURNS,
                     ),
                 ),
                 (

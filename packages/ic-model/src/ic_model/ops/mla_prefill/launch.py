@@ -184,7 +184,8 @@ def forward_gluon(
         k.shape[1], *(part.stride(0) // part.stride(1) for part in (q, k, v)),
         *(part.stride(2) for part in (q, k, v)), *out.stride()[:3], *lse.stride()[:2],
         GROUP=heads // k.shape[2], CONSUMERS=consumers, SLOTS=parameters["slots"],
-        CAUSAL=problem.causal, PACKED=problem.packed, num_warps=parameters["num_warps"],
+        CAUSAL=problem.causal, PACKED=problem.packed, TURNS=bool(parameters["turns"]) and consumers == 2,
+        num_warps=parameters["num_warps"],
     )  # fmt: skip
     return out, lse
 
