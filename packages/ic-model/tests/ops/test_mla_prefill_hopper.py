@@ -225,7 +225,7 @@ def gradients(q, k, v, d_out, **options):
 @pytest.mark.parametrize("heads", [(2, 1), (2, 2)], ids=["grouped", "plain"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_backward_of_packed_sequences(emulated, causal, heads):
-    """Lengths about blocks of 64 queries and 128 keys; more keys than queries, fewer, none; NaN in rows of nobody."""
+    """Lengths about 64 queries and 128 keys; more keys than queries, fewer, none; NaN in rows of nobody."""
     lens_q, lens_k, spare = (1, 260, 70, 9, 0, 64, 128), (40, 260, 30, 0, 11, 193, 128), 150
     sizes = (
         (lens_q, heads[0], 192),

@@ -31,62 +31,25 @@ from ic_model.ops.mla_prefill.hopper import _advance, _barriers, _clear_rows, _c
 
 # what changes from batch to batch: otherwise each would compile anew for a number that 16 divides, and for 1
 UNSPECIALIZED = (
-    "num_seqs",
-    "tokens_q",
-    "tokens_k",
-    "q_blocks",
-    "q_batch_rows",
-    "k_batch_rows",
-    "v_batch_rows",
+    "num_seqs", "tokens_q", "tokens_k", "q_blocks", "q_batch_rows", "k_batch_rows", "v_batch_rows",
     "d_out_batch_rows",
 )
 # queries of a block, keys of a consumer, columns of a piece of dQ
 SIDE = gl.constexpr(64)
-ADD_FOUR = gl.constexpr("{ red.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.b32 $0, 0; }")
 
 
 @gluon.jit
 def _block(step, begin, before, after, rest):
-    """The block of queries of a step: first those on the diagonal, then the last one if it is not full, then the rest."""
+    """The block of a step: first those on the diagonal, then the last one if it is not full, then the rest."""
     later = gl.where(step < before + after, begin + before + rest, begin + step - after)
     return gl.where(step < before, begin + step, later)
 
 
 @gluon.jit
 def _producer(
-    q_desc_0,
-    q_desc_1,
-    k_desc_0,
-    k_desc_1,
-    v_desc,
-    d_out_desc,
-    sums_desc,
-    q_row,
-    q_stride_n,
-    d_out_row,
-    d_out_stride_n,
-    sums_row,
-    q_blocks,
-    first_head,
-    k_row,
-    k_column,
-    v_row,
-    v_column,
-    begin,
-    before,
-    after,
-    rest,
-    q_0,
-    q_1,
-    d_out,
-    sums,
-    q_full,
-    d_out_full,
-    q_empty,
-    k_0,
-    k_1,
-    v,
-    k_full,
+    q_desc_0, q_desc_1, k_desc_0, k_desc_1, v_desc, d_out_desc, sums_desc, q_row, q_stride_n, d_out_row,
+    d_out_stride_n, sums_row, q_blocks, first_head, k_row, k_column, v_row, v_column, begin, before, after, rest,
+    q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, k_full,
     GROUP: gl.constexpr,
 ):
     """Ask for the keys and values, then for a block of queries as soon as there is room for it."""
@@ -94,8 +57,7 @@ def _producer(
     BLOCK: gl.constexpr = q_0.shape[1]
     WIDTH: gl.constexpr = q_0.shape[2]
     mbarrier.expect(
-        k_full.index(0),
-        2 * (k_desc_0.block_type.nbytes + k_desc_1.block_type.nbytes + v_desc.block_type.nbytes),
+        k_full.index(0), 2 * (k_desc_0.block_type.nbytes + k_desc_1.block_type.nbytes + v_desc.block_type.nbytes)
     )
     for part in gl.static_range(2):
         row = k_row + part * k_0.shape[1]
@@ -126,7 +88,7 @@ def _producer(
 
 @gluon.jit
 def _opaque(number):
-    """The same number, which the compiler cannot know: else it keeps all addresses that follow from it in registers."""
+    """The same number, unknown to the compiler: else it keeps all addresses that follow from it in registers."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -153,35 +115,9 @@ def _add(pointer, values):
 
 @gluon.jit
 def _step(
-    d_q_ptr,
-    first_query,
-    q_len,
-    reach,
-    k_left,
-    scale_log2,
-    turn,
-    slot,
-    phase,
-    d_s_phase,
-    q_0,
-    q_1,
-    d_out,
-    sums,
-    q_full,
-    d_out_full,
-    q_empty,
-    k_0,
-    k_1,
-    v,
-    p,
-    d_s,
-    d_s_full,
-    d_s_empty,
-    d_k_0,
-    d_k_1,
-    d_v,
-    PART: gl.constexpr,
-    MASKED: gl.constexpr,
+    d_q_ptr, first_query, q_len, reach, k_left, scale_log2, turn, slot, phase, d_s_phase,
+    q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, p, d_s, d_s_full, d_s_empty,
+    d_k_0, d_k_1, d_v, PART: gl.constexpr, MASKED: gl.constexpr,
 ):
     """Add what one block of queries gives to dK and dV, and what the keys give to its dQ."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -208,6 +144,7 @@ def _step(
     scores = warpgroup_mma(k_1.index(part), q_1.permute([1, 0]), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     weights = gl.exp2(scores * scale_log2)
+    seen = weights
     if MASKED:
         keys = gl.arange(0, SIDE, layout=gl.SliceLayout(1, layout))
         queries = gl.arange(0, SIDE, layout=gl.SliceLayout(0, layout))
@@ -237,11 +174,8 @@ def _step(
     mbarrier.wait(d_s_full.index(0), d_s_phase)
     # the first consumer has the first 64 columns of dQ, the second one the next, and they take turns with the last
     _add_piece(
-        d_q_ptr + PART * SIDE * SIDE,
-        d_s,
-        k_0.index(left).slice(PART * SIDE, SIDE, 1),
-        k_0.index(left + 1).slice(PART * SIDE, SIDE, 1),
-        layout,
+        d_q_ptr + PART * SIDE * SIDE, d_s, k_0.index(left).slice(PART * SIDE, SIDE, 1),
+        k_0.index(left + 1).slice(PART * SIDE, SIDE, 1), layout,
     )
     if turn == PART:
         _add_piece(d_q_ptr + 2 * SIDE * SIDE, d_s, k_1.index(left), k_1.index(left + 1), layout)
@@ -268,43 +202,12 @@ def _store_rows(pointer, place, values, first_row, rows, rows_end, stride_t):
 
 @gluon.jit
 def _consumer(
-    d_q_ptr,
-    q_blocks,
-    d_k_ptr,
-    d_v_ptr,
-    d_k_stride_t,
-    d_v_stride_t,
-    scale_log2,
-    softmax_scale,
-    first_head,
-    first_key,
-    q_len,
-    k_len,
-    rows_end,
-    begin,
-    before,
-    after,
-    rest,
-    q_0,
-    q_1,
-    d_out,
-    sums,
-    q_full,
-    d_out_full,
-    q_empty,
-    k_0,
-    k_1,
-    v,
-    k_full,
-    p,
-    d_s,
-    d_s_full,
-    d_s_empty,
-    PART: gl.constexpr,
-    GROUP: gl.constexpr,
-    CAUSAL: gl.constexpr,
+    d_q_ptr, q_blocks, d_k_ptr, d_v_ptr, d_k_stride_t, d_v_stride_t, scale_log2, softmax_scale, first_head,
+    first_key, q_len, k_len, rows_end, begin, before, after, rest,
+    q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, k_full, p, d_s, d_s_full, d_s_empty,
+    PART: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):
-    """DK and dV of 64 keys over all blocks of queries, and half of the columns of their dQ."""
+    """dK and dV of 64 keys over all blocks of queries, and half of the columns of their dQ."""
     SLOTS: gl.constexpr = q_0.shape[0]
     WIDTH_0: gl.constexpr = q_0.shape[2]
     WIDTH_1: gl.constexpr = q_1.shape[2]
@@ -333,70 +236,20 @@ def _consumer(
             if not CAUSAL:
                 reach = reach * 0 + SIDE
             d_k_0, d_k_1, d_v = _step(
-                sum_ptr + block.to(gl.int64) * (3 * SIDE * SIDE),
-                block * SIDE,
-                q_len,
-                reach,
-                k_left,
-                scale_log2,
-                d_s_phase,
-                slot,
-                phase,
-                d_s_phase,
-                q_0,
-                q_1,
-                d_out,
-                sums,
-                q_full,
-                d_out_full,
-                q_empty,
-                k_0,
-                k_1,
-                v,
-                p,
-                d_s,
-                d_s_full,
-                d_s_empty,
-                d_k_0,
-                d_k_1,
-                d_v,
-                PART,
-                True,
+                sum_ptr + block.to(gl.int64) * (3 * SIDE * SIDE), block * SIDE, q_len, reach, k_left,
+                scale_log2, d_s_phase, slot, phase, d_s_phase,
+                q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, p, d_s, d_s_full, d_s_empty,
+                d_k_0, d_k_1, d_v, PART, True,
             )
             slot, phase = _advance(slot, phase, SLOTS)
             d_s_phase = d_s_phase ^ 1
         for step in range(rest):
             block = begin + before + step
             d_k_0, d_k_1, d_v = _step(
-                sum_ptr + block.to(gl.int64) * (3 * SIDE * SIDE),
-                block * SIDE,
-                q_len,
-                0,
-                k_left,
-                scale_log2,
-                d_s_phase,
-                slot,
-                phase,
-                d_s_phase,
-                q_0,
-                q_1,
-                d_out,
-                sums,
-                q_full,
-                d_out_full,
-                q_empty,
-                k_0,
-                k_1,
-                v,
-                p,
-                d_s,
-                d_s_full,
-                d_s_empty,
-                d_k_0,
-                d_k_1,
-                d_v,
-                PART,
-                False,
+                sum_ptr + block.to(gl.int64) * (3 * SIDE * SIDE), block * SIDE, q_len, 0, k_left,
+                scale_log2, d_s_phase, slot, phase, d_s_phase,
+                q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, p, d_s, d_s_full, d_s_empty,
+                d_k_0, d_k_1, d_v, PART, False,
             )
             slot, phase = _advance(slot, phase, SLOTS)
             d_s_phase = d_s_phase ^ 1
@@ -406,56 +259,19 @@ def _consumer(
     _store_rows(d_v_ptr, place, d_v, key, k_len, rows_end, d_v_stride_t)
     _store_rows(d_k_ptr, place, d_k_0 * softmax_scale, key, k_len, rows_end, d_k_stride_t)
     _store_rows(
-        d_k_ptr + WIDTH_0,
-        place.slice(0, WIDTH_1, 1),
-        d_k_1 * softmax_scale,
-        key,
-        k_len,
-        rows_end,
-        d_k_stride_t,
+        d_k_ptr + WIDTH_0, place.slice(0, WIDTH_1, 1), d_k_1 * softmax_scale, key, k_len, rows_end, d_k_stride_t
     )
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def backward_hopper_kernel(
-    q_desc_0,
-    q_desc_1,
-    k_desc_0,
-    k_desc_1,
-    v_desc,
-    d_out_desc,
-    sums_desc,
-    d_q_ptr,
-    d_k_ptr,
-    d_v_ptr,
-    cu_q_ptr,
-    cu_k_ptr,
-    scale_log2,
-    softmax_scale,
-    num_seqs,
-    tokens_q,
-    tokens_k,
-    q_blocks,
-    q_batch_rows,
-    k_batch_rows,
-    v_batch_rows,
-    d_out_batch_rows,
-    q_stride_n,
-    k_stride_n,
-    v_stride_n,
-    d_out_stride_n,
-    d_k_stride_b,
-    d_k_stride_t,
-    d_k_stride_n,
-    d_v_stride_b,
-    d_v_stride_t,
-    d_v_stride_n,
-    GROUP: gl.constexpr,
-    SLOTS: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    PACKED: gl.constexpr,
+    q_desc_0, q_desc_1, k_desc_0, k_desc_1, v_desc, d_out_desc, sums_desc, d_q_ptr, d_k_ptr, d_v_ptr,
+    cu_q_ptr, cu_k_ptr, scale_log2, softmax_scale, num_seqs, tokens_q, tokens_k, q_blocks,
+    q_batch_rows, k_batch_rows, v_batch_rows, d_out_batch_rows, q_stride_n, k_stride_n, v_stride_n, d_out_stride_n,
+    d_k_stride_b, d_k_stride_t, d_k_stride_n, d_v_stride_b, d_v_stride_t, d_v_stride_n,
+    GROUP: gl.constexpr, SLOTS: gl.constexpr, CAUSAL: gl.constexpr, PACKED: gl.constexpr,
 ):
-    """DK and dV of one block of keys of one key head, and what these keys give to the sum of dQ.
+    """dK and dV of one block of keys of one key head, and what these keys give to the sum of dQ.
 
     Grid: (blocks of keys of all sequences, key heads); early blocks, which the most queries see, come first.
     Descriptors of matrices as `forward_hopper_kernel` has them; sums_desc and d_q_ptr: see `hopper_sums.py`.
@@ -523,120 +339,30 @@ def backward_hopper_kernel(
             (
                 _consumer,
                 (
-                    d_q_ptr,
-                    q_blocks,
-                    d_k_ptr,
-                    d_v_ptr,
-                    d_k_stride_t,
-                    d_v_stride_t,
-                    scale_log2,
-                    softmax_scale,
-                    kv_head * GROUP,
-                    first_key,
-                    q_len,
-                    k_len,
-                    rows_end,
-                    begin,
-                    before,
-                    after,
-                    rest,
-                    q_0,
-                    q_1,
-                    d_out,
-                    sums,
-                    q_full,
-                    d_out_full,
-                    q_empty,
-                    k_0,
-                    k_1,
-                    v,
-                    k_full,
-                    p,
-                    d_s,
-                    d_s_full,
-                    d_s_empty,
-                    0,
-                    GROUP,
-                    CAUSAL,
+                    d_q_ptr, q_blocks, d_k_ptr, d_v_ptr, d_k_stride_t, d_v_stride_t, scale_log2, softmax_scale,
+                    kv_head * GROUP, first_key, q_len, k_len, rows_end, begin, before, after, rest,
+                    q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, k_full,
+                    p, d_s, d_s_full, d_s_empty, 0, GROUP, CAUSAL,
                 ),
             ),
             (
                 _consumer,
                 (
-                    d_q_ptr,
-                    q_blocks,
-                    d_k_ptr,
-                    d_v_ptr,
-                    d_k_stride_t,
-                    d_v_stride_t,
-                    scale_log2,
-                    softmax_scale,
-                    kv_head * GROUP,
-                    first_key,
-                    q_len,
-                    k_len,
-                    rows_end,
-                    begin,
-                    before,
-                    after,
-                    rest,
-                    q_0,
-                    q_1,
-                    d_out,
-                    sums,
-                    q_full,
-                    d_out_full,
-                    q_empty,
-                    k_0,
-                    k_1,
-                    v,
-                    k_full,
-                    p,
-                    d_s,
-                    d_s_full,
-                    d_s_empty,
-                    1,
-                    GROUP,
-                    CAUSAL,
+                    d_q_ptr, q_blocks, d_k_ptr, d_v_ptr, d_k_stride_t, d_v_stride_t, scale_log2, softmax_scale,
+                    kv_head * GROUP, first_key, q_len, k_len, rows_end, begin, before, after, rest,
+                    q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, k_full,
+                    p, d_s, d_s_full, d_s_empty, 1, GROUP, CAUSAL,
                 ),
             ),
             (
                 _producer,
                 (
-                    q_desc_0,
-                    q_desc_1,
-                    k_desc_0,
-                    k_desc_1,
-                    v_desc,
-                    d_out_desc,
-                    sums_desc,
-                    batch * q_batch_rows + q_start,
-                    q_stride_n,
-                    batch * d_out_batch_rows + q_start,
-                    d_out_stride_n,
-                    sums_row,
-                    q_blocks,
-                    kv_head * GROUP,
-                    batch * k_batch_rows + k_start + first_key,
-                    kv_head * k_stride_n,
-                    batch * v_batch_rows + k_start + first_key,
-                    kv_head * v_stride_n,
-                    begin,
-                    before,
-                    after,
-                    rest,
-                    q_0,
-                    q_1,
-                    d_out,
-                    sums,
-                    q_full,
-                    d_out_full,
-                    q_empty,
-                    k_0,
-                    k_1,
-                    v,
-                    k_full,
-                    GROUP,
+                    q_desc_0, q_desc_1, k_desc_0, k_desc_1, v_desc, d_out_desc, sums_desc,
+                    batch * q_batch_rows + q_start, q_stride_n, batch * d_out_batch_rows + q_start, d_out_stride_n,
+                    sums_row, q_blocks, kv_head * GROUP, batch * k_batch_rows + k_start + first_key,
+                    kv_head * k_stride_n, batch * v_batch_rows + k_start + first_key, kv_head * v_stride_n,
+                    begin, before, after, rest,
+                    q_0, q_1, d_out, sums, q_full, d_out_full, q_empty, k_0, k_1, v, k_full, GROUP,
                 ),
             ),
         ],
