@@ -299,7 +299,8 @@ def backward_gluon(
     inputs = (q, k, v, d_out)
     backward_hopper_kernel[(problem.blocks(batch, k.shape[1], 2 * GLUON_SIDE), k.shape[2])](
         *_matrices(q, k, v, GLUON_SIDE, GLUON_SIDE), *_matrix(d_out, GLUON_SIDE, (v.shape[3],)),
-        _sums_matrix(sums), d_q_sum, d_k, d_v, problem.cu_q, problem.cu_k, problem.softmax_scale * LOG2_E.value, problem.softmax_scale,
+        _sums_matrix(sums), d_q_sum, d_k, d_v, problem.cu_q, problem.cu_k,
+        problem.softmax_scale * LOG2_E.value, problem.softmax_scale,
         *sizes, k.shape[1], q_blocks, *(part.stride(0) // part.stride(1) for part in inputs),
         *(part.stride(2) for part in inputs), *d_k.stride()[:3], *d_v.stride()[:3], GROUP=heads // k.shape[2],
         SLOTS=parameters["slots"], CAUSAL=problem.causal, PACKED=problem.packed, num_warps=parameters["num_warps"],
