@@ -12,6 +12,7 @@ import torch
 from ic_model import ICForCausalLM, checkpoint_path
 from transformers import AutoTokenizer
 
+from ic_train.convert.command import add_convert
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey import evaluate_passkey, wilson_interval
 from ic_train.evaluation.plots import plot_passkey
@@ -32,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ic-train", description="Train and evaluate long-context MLA models."
+        prog="ic-train", description="Convert, train and evaluate long-context MLA models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_convert(commands)
     evaluate = commands.add_parser("evaluate", help="measure what a model can do")
     tasks = evaluate.add_subparsers(required=True, metavar="TASK")
     passkey = tasks.add_parser(
