@@ -165,6 +165,8 @@ def add(board: builders.Dashboard, *, variables: Iterable[Any], panels: Iterable
     """The dashboard with its variables, panels and rows, in this order."""
     for choice in variables:
         board.with_variable(choice)
-    for panel in panels:
+    for number_of_panel, panel in enumerate(panels, start=1):
+        # links to a single panel name its id
+        panel.id(number_of_panel)
         board.with_row(panel) if isinstance(panel, builders.Row) else board.with_panel(panel)
     return board

@@ -24,8 +24,8 @@ ABSENT = {
     'status="5xx"': "http_requests_total has a series for a class of status after its first answer",
     "ic:http_errors:ratio": "needs requests within the last seconds; asked over the whole run instead",
 }
-# one token a byte: longer than eight steps of 2,048 tokens
-LONG_PROMPT = "".join(chr(97 + (index * index) % 26) for index in range(20_000))
+# one token a byte, 47 steps: longer than rateWindow in all, each step far shorter
+LONG_PROMPT = "".join(chr(97 + (index * index) % 26) for index in range(24_000))
 
 
 @pytest.fixture(scope="module")
