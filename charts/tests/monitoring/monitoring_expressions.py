@@ -106,13 +106,23 @@ def of_autoscalers(objects: list[dict[str, Any]], series: list[str]) -> Iterator
     for item in chart_tools.of_kind(objects, "HorizontalPodAutoscaler"):
         for metric in item["spec"]["metrics"]:
             external = metric["external"]["metric"]
-            matchers = {"namespace": item["metadata"].get("namespace", "default"), **external["selector"]["matchLabels"]}
+            matchers = {
+                "namespace": item["metadata"].get("namespace", "default"),
+                **external["selector"]["matchLabels"],
+            }
             labels = ",".join(f'{name}="{value}"' for name, value in sorted(matchers.items()))
             for rule in rules:
-                pattern, template = re.compile(rule["name"]["matches"]), rule["name"]["as"].replace("${1}", r"\1")
+                pattern, template = (
+                    re.compile(rule["name"]["matches"]),
+                    rule["name"]["as"].replace("${1}", r"\1"),
+                )
                 for name in series:
                     if pattern.match(name) and pattern.sub(template, name) == external["name"]:
-                        text = rule["metricsQuery"].replace("<<.Series>>", name).replace("<<.LabelMatchers>>", labels)
+                        text = (
+                            rule["metricsQuery"]
+                            .replace("<<.Series>>", name)
+                            .replace("<<.LabelMatchers>>", labels)
+                        )
                         yield Expression("scaler", f"HorizontalPodAutoscaler {external['name']}", text)
 
 
@@ -137,7 +147,10 @@ def _walk(node: Any) -> Iterator[Selector]:
     if isinstance(node, promql_parser.VectorSelector):
         if node.name is None:
             raise ValueError(f"{node} has no metric name")
-        matchers = [*node.matchers.matchers, *(matcher for group in node.matchers.or_matchers for matcher in group)]
+        matchers = [
+            *node.matchers.matchers,
+            *(matcher for group in node.matchers.or_matchers for matcher in group),
+        ]
         yield Selector(node.name, str(node), frozenset(matcher.name for matcher in matchers))
         return
     for name in ("expr", "lhs", "rhs", "vector_selector", "param", "vector"):

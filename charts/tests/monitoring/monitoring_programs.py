@@ -61,7 +61,9 @@ def _unpacked() -> Path:
             fetched = _apt("download", *PACKAGES, folder=scratch)
             assert not fetched.returncode, fetched.stderr
         for package in scratch.glob("*.deb"):
-            subprocess.run(["dpkg-deb", "--extract", package, scratch / "root"], check=True, timeout=APT_TIMEOUT_S)
+            subprocess.run(
+                ["dpkg-deb", "--extract", package, scratch / "root"], check=True, timeout=APT_TIMEOUT_S
+            )
         if not folder.is_dir():
             (scratch / "root").rename(folder)
     return folder

@@ -51,7 +51,10 @@ LIVE_VALUES = {
 EXPORTERS = {
     "dcgm-exporter": {"honor": False, "labels": {"namespace": "gpu-operator", "pod": "dcgm-exporter-8x5mv"}},
     "node-exporter": {"honor": False, "labels": {"namespace": "monitoring", "pod": "node-exporter-2kq9d"}},
-    "kube-state-metrics": {"honor": True, "labels": {"namespace": "monitoring", "pod": "kube-state-metrics-0"}},
+    "kube-state-metrics": {
+        "honor": True,
+        "labels": {"namespace": "monitoring", "pod": "kube-state-metrics-0"},
+    },
     "kubelet": {"honor": True, "labels": {"node": "gpu-1"}},
     "traefik": {"honor": False, "labels": {"namespace": "kube-system", "pod": "traefik-6c8d5"}},
     "cert-manager": {"honor": False, "labels": {"namespace": "cert-manager", "pod": "cert-manager-5f8"}},
@@ -216,9 +219,13 @@ class Stack:
         """Instant query: the elements of the answer."""
         return self._api("query", query=expr)["result"]
 
-    def query_range(self, expr: str, *, since: float | None = None, step_s: float = 1) -> list[dict[str, Any]]:
+    def query_range(
+        self, expr: str, *, since: float | None = None, step_s: float = 1
+    ) -> list[dict[str, Any]]:
         """Range query from a time (by default the stack's start) until now."""
-        return self._api("query_range", query=expr, start=since or self.started, end=time.time(), step=step_s)["result"]
+        return self._api(
+            "query_range", query=expr, start=since or self.started, end=time.time(), step=step_s
+        )["result"]
 
     def series(self, selector: str) -> list[dict[str, str]]:
         """Label sets of a selector."""
@@ -226,7 +233,11 @@ class Stack:
 
     def alerts(self, name: str, status: str) -> list[dict[str, Any]]:
         """What Alertmanager has sent of an alert: status `firing` or `resolved`."""
-        return [item for item in self.http.alerts if (item["labels"]["alertname"], item["status"]) == (name, status)]
+        return [
+            item
+            for item in self.http.alerts
+            if (item["labels"]["alertname"], item["status"]) == (name, status)
+        ]
 
     def wait_for(self, condition: Callable[[], Any], what: str, timeout_s: float) -> Any:
         """The condition's first true value.
@@ -272,12 +283,18 @@ class Stack:
         for name, about in EXPORTERS.items():
             target = {"targets": [f"{HOST}:{self.http.server_port}"], "labels": about["labels"]}
             scrape = {"job_name": name, "metrics_path": f"/{name}", "honor_labels": about["honor"]}
-            scrapes.append({**scrape, "scrape_interval": "1s", "scrape_timeout": "1s", "static_configs": [target]})
+            scrapes.append(
+                {**scrape, "scrape_interval": "1s", "scrape_timeout": "1s", "static_configs": [target]}
+            )
         rules = chart_tools.one(self.objects, "PrometheusRule")["spec"]
         configuration = {
             "rule_files": ["rules.yaml"],
             "scrape_configs": scrapes,
-            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [self.alertmanager_url.removeprefix("http://")]}]}]},
+            "alerting": {
+                "alertmanagers": [
+                    {"static_configs": [{"targets": [self.alertmanager_url.removeprefix("http://")]}]}
+                ]
+            },
         }
         hook = {"url": f"http://{HOST}:{self.http.server_port}/hook", "send_resolved": True}
         route = {"receiver": "hook", "group_by": ["..."], "group_wait": "0s", "group_interval": "1s"}

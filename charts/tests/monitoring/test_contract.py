@@ -30,7 +30,9 @@ def contract():
 def labels_of(name):
     source, _, entry = contract()[name]
     about = CONTRACT[source]
-    known = {*about["target_labels"], *about["labels"], *entry.get("labels", [])} - {*entry.get("without", [])}
+    known = {*about["target_labels"], *about["labels"], *entry.get("labels", [])} - {
+        *entry.get("without", [])
+    }
     return known | ({"le"} if name.endswith("_bucket") else set())
 
 
@@ -50,7 +52,9 @@ def expressions(monitored):
 
 @pytest.fixture(scope="module")
 def selectors(expressions):
-    return [(item.where, found) for item in expressions for found in monitoring_expressions.selectors(item.text)]
+    return [
+        (item.where, found) for item in expressions for found in monitoring_expressions.selectors(item.text)
+    ]
 
 
 def test_there_are_expressions_of_every_kind(expressions):

@@ -49,11 +49,17 @@ def problems(value, declared, where):
     if origin is list:
         if not isinstance(value, list):
             return [f"{where} is no list"]
-        return [text for index, item in enumerate(value) for text in problems(item, arguments[0], f"{where}[{index}]")]
+        return [
+            text
+            for index, item in enumerate(value)
+            for text in problems(item, arguments[0], f"{where}[{index}]")
+        ]
     if origin is dict:
         if not isinstance(value, dict):
             return [f"{where} is no mapping"]
-        return [text for key, item in value.items() for text in problems(item, arguments[1], f"{where}.{key}")]
+        return [
+            text for key, item in value.items() for text in problems(item, arguments[1], f"{where}.{key}")
+        ]
     if inspect.isclass(declared) and issubclass(declared, enum.Enum):
         # read from JSON, members stay plain strings and numbers
         known = [member.value for member in declared]
@@ -69,7 +75,11 @@ def problems(value, declared, where):
         return [f"{where} is {type(value).__name__}, not {declared.__name__}"]
     if inspect.isclass(declared) and hasattr(value, "to_json") and hasattr(type(value), "from_json"):
         hints = typing.get_type_hints(type(value))
-        return [text for name, hint in hints.items() for text in problems(getattr(value, name), hint, f"{where}.{name}")]
+        return [
+            text
+            for name, hint in hints.items()
+            for text in problems(getattr(value, name), hint, f"{where}.{name}")
+        ]
     return []
 
 
@@ -80,7 +90,9 @@ def test_the_pinned_types_are_those_of_the_grafana_that_the_docs_name():
 
 
 def test_the_json_is_what_the_code_makes():
-    done = subprocess.run([sys.executable, BUILD, "--check"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, BUILD, "--check"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -142,12 +154,20 @@ def test_every_panel_says_how_to_read_it_and_asks_the_chosen_prometheus(boards):
 
 
 def test_labels_for_another_sidecar(monitored):
-    objects = monitored(set={"monitoring.dashboards.label": "dash", "monitoring.dashboards.labelValue": "yes"})
-    found = [item for item in chart_tools.of_kind(objects, "ConfigMap") if item["metadata"]["labels"].get("dash") == "yes"]
+    objects = monitored(
+        set={"monitoring.dashboards.label": "dash", "monitoring.dashboards.labelValue": "yes"}
+    )
+    found = [
+        item
+        for item in chart_tools.of_kind(objects, "ConfigMap")
+        if item["metadata"]["labels"].get("dash") == "yes"
+    ]
     assert len(found) == 5
     assert {item["metadata"]["annotations"]["grafana_folder"] for item in found} == {"InfiniteContext"}
 
 
 def test_none_without_them(monitored):
     objects = monitored(set={"monitoring.dashboards.enabled": False})
-    assert not [item for item in chart_tools.of_kind(objects, "ConfigMap") if "dashboard" in item["metadata"]["name"]]
+    assert not [
+        item for item in chart_tools.of_kind(objects, "ConfigMap") if "dashboard" in item["metadata"]["name"]
+    ]

@@ -64,7 +64,9 @@ def expressions(monitored, served):
 
 
 def numbers(result):
-    return [float(value) for element in result for _, value in element["values"] if not math.isnan(float(value))]
+    return [
+        float(value) for element in result for _, value in element["values"] if not math.isnan(float(value))
+    ]
 
 
 def test_configurations_are_accepted(stack, programs):
@@ -83,7 +85,9 @@ def test_vllm_exposes_every_name_of_the_contract_with_its_type_and_labels(served
             wanted = {*about["labels"], *entry.get("labels", [])} - {*entry.get("without", [])}
             for sample in family.samples:
                 if not sample.name.endswith("_created"):
-                    assert wanted <= set(sample.labels), f"{sample.name} has the labels {sorted(sample.labels)}"
+                    assert wanted <= set(sample.labels), (
+                        f"{sample.name} has the labels {sorted(sample.labels)}"
+                    )
                     if "model_name" in wanted:
                         assert sample.labels["model_name"] == monitoring_stack.MODEL
 
@@ -92,7 +96,10 @@ def test_a_bound_of_an_objective_is_a_bucket_of_vllm(served):
     schema = yaml.safe_load((chart_tools.CHART / "values.schema.json").read_text())
     objectives = schema["properties"]["monitoring"]["properties"]["slo"]["properties"]
     text = served.exposition()
-    for key, metric in (("ttft", "time_to_first_token_seconds"), ("interToken", "inter_token_latency_seconds")):
+    for key, metric in (
+        ("ttft", "time_to_first_token_seconds"),
+        ("interToken", "inter_token_latency_seconds"),
+    ):
         buckets = set(re.findall(rf'vllm:{metric}_bucket{{[^}}]*le="([^"]+)"', text))
         assert set(objectives[key]["properties"]["seconds"]["enum"]) <= buckets
 
@@ -109,7 +116,9 @@ def test_every_selector_finds_series(served, expressions):
     for item in (item for group in expressions.values() for item in group):
         for found in monitoring_expressions.selectors(item.text):
             if not any(part in found.text for part in ABSENT):
-                assert served.query(f"last_over_time({found.text}[1h])"), f"{item.where}: {found.text} finds nothing"
+                assert served.query(f"last_over_time({found.text}[1h])"), (
+                    f"{item.where}: {found.text} finds nothing"
+                )
 
 
 def test_every_rule_runs(served, expressions):
@@ -178,7 +187,9 @@ def test_an_engine_that_froze_while_idle_is_seen_when_clients_give_up(served):
             waited.set()
             clients.join()
         assert served._answers(f"{served.vllm.url}/health")
-        assert served.query("sum(vllm:num_requests_running + vllm:num_requests_waiting)")[0]["value"][1] == "0"
+        assert (
+            served.query("sum(vllm:num_requests_running + vllm:num_requests_waiting)")[0]["value"][1] == "0"
+        )
     finally:
         engine.send_signal(signal.SIGCONT)
     served.wait_for(lambda: served.alerts("ICEngineSilent", "resolved"), "ICEngineSilent resolved", 45)
@@ -220,11 +231,15 @@ def test_a_killed_server_raises_an_alert_which_ends_when_it_is_back(served):
 
 def test_a_server_under_another_name_is_noticed_by_the_scalers(served, render):
     # what the chart would ask for if the server had been started under another name than the values say
-    objects = render(set={"monitoring.enabled": True, "autoscaling.kind": "keda", "model.servedName": "another"})
+    objects = render(
+        set={"monitoring.enabled": True, "autoscaling.kind": "keda", "model.servedName": "another"}
+    )
     for item in monitoring_expressions.of_scaled_objects(objects):
         assert served.query(item.text) == []
     for scaled in chart_tools.of_kind(objects, "ScaledObject"):
-        assert {trigger["metadata"]["ignoreNullValues"] for trigger in scaled["spec"]["triggers"]} == {"false"}
+        assert {trigger["metadata"]["ignoreNullValues"] for trigger in scaled["spec"]["triggers"]} == {
+            "false"
+        }
 
 
 def test_everything_listens_on_loopback_only(stack):

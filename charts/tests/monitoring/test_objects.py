@@ -54,7 +54,9 @@ def test_the_crd_check_finds_what_is_wrong(monitored):
 @pytest.mark.parametrize("kind", ["pod", "service"])
 def test_monitors_select_this_release_by_a_port_that_exists(monitored, kind):
     objects = monitored(set={"monitoring.scrape.kind": kind}, release="one")
-    monitor = chart_tools.one(objects, {"pod": "PodMonitor", "service": "ServiceMonitor"}[kind], "one-infinite-context")
+    monitor = chart_tools.one(
+        objects, {"pod": "PodMonitor", "service": "ServiceMonitor"}[kind], "one-infinite-context"
+    )
     wanted = monitor["spec"]["selector"]["matchLabels"]
     assert wanted["app.kubernetes.io/instance"] == "one"
     (endpoint,) = monitor["spec"].get("podMetricsEndpoints") or monitor["spec"]["endpoints"]
@@ -129,7 +131,9 @@ def test_targets_of_the_hpa(render, tmp_path):
 
 
 def test_triggers_of_keda(render):
-    scaled = chart_tools.one(render(set={**KEDA, "autoscaling.keda.authenticationRef": "prom"}), "ScaledObject")["spec"]
+    scaled = chart_tools.one(
+        render(set={**KEDA, "autoscaling.keda.authenticationRef": "prom"}), "ScaledObject"
+    )["spec"]
     assert scaled["fallback"] == {"failureThreshold": 3, "replicas": 4}
     assert "idleReplicaCount" not in scaled
     for trigger in scaled["triggers"]:

@@ -108,10 +108,14 @@ def test_values_override_and_leave_out_alerts(monitored, tmp_path):
     assert ">= 0.5" in found["ICKvCacheNearlyFull"]["expr"]
 
 
-@pytest.mark.parametrize("key", ["for.ICTargetDwon=1m", "severity.ICTargetDwon=warning", "disabled[0]=ICTargetDwon"])
+@pytest.mark.parametrize(
+    "key", ["for.ICTargetDwon=1m", "severity.ICTargetDwon=warning", "disabled[0]=ICTargetDwon"]
+)
 def test_an_override_of_an_unknown_alert_is_refused(render, key):
     field = key.split(".")[0].split("[")[0]
-    with pytest.raises(chart_tools.HelmError, match=rf"monitoring.rules.{field} names the alert .*ICTargetDwon.*ICTargetDown"):
+    with pytest.raises(
+        chart_tools.HelmError, match=rf"monitoring.rules.{field} names the alert .*ICTargetDwon.*ICTargetDown"
+    ):
         render(set=["monitoring.enabled=true", f"monitoring.rules.{key}"])
 
 
@@ -119,7 +123,9 @@ def test_two_releases_do_not_share_a_series(monitored):
     for release, namespace in (("a", "x"), ("b", "y")):
         objects = monitored(release=release, namespace=namespace)
         for rule in alerts(objects):
-            for selector in re.findall(r"(?:vllm:\w+|\bup|http_requests_total|ic:[\w:]+)\{[^}]*\}", rule["expr"]):
+            for selector in re.findall(
+                r"(?:vllm:\w+|\bup|http_requests_total|ic:[\w:]+)\{[^}]*\}", rule["expr"]
+            ):
                 assert f'namespace="{namespace}"' in selector, rule["expr"]
                 assert f'"{release}-infinite-context' in selector, rule["expr"]
 
@@ -129,4 +135,6 @@ def test_a_release_without_serving_has_no_alerts_about_it(monitored):
     names = {rule["alert"] for rule in alerts(objects)}
     assert {"ICEngineStuck", "ICBatchJobFailed"} <= names
     assert not {"ICTargetDown", "ICNoTargets", "ICReplicasMissing", "ICTtftBurnFast"} & names
-    assert [item["metadata"]["name"] for item in chart_tools.of_kind(objects, "PodMonitor")] == ["ic-infinite-context-batch"]
+    assert [item["metadata"]["name"] for item in chart_tools.of_kind(objects, "PodMonitor")] == [
+        "ic-infinite-context-batch"
+    ]
