@@ -77,7 +77,9 @@ def layer(tmp_path_factory: pytest.TempPathFactory):
 def scores_of(split, frequencies: torch.Tensor, augmented: torch.Tensor) -> torch.Tensor:
     """`[N, T, T]` scores of all heads, rotated by position, from split keys and queries."""
     positions = torch.arange(len(augmented), dtype=torch.float64)
-    turn = torch.polar(torch.ones(len(positions), len(frequencies)).double(), positions[:, None] * frequencies)
+    turn = torch.polar(
+        torch.ones(len(positions), len(frequencies)).double(), positions[:, None] * frequencies
+    )
     keys = (augmented.to(turn) @ split.rotary_key.T) * turn
     queries = torch.einsum("tx,hmx->htm", augmented.to(turn), split.rotary_query) * turn
     rotary = torch.einsum("htm,sm->hts", queries.conj(), keys).real
@@ -88,7 +90,9 @@ def scores_of(split, frequencies: torch.Tensor, augmented: torch.Tensor) -> torc
 
 def source_scores(attention, frequencies: torch.Tensor, augmented: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(len(augmented), dtype=torch.float64)
-    turn = torch.polar(torch.ones(len(positions), len(frequencies)).double(), positions[:, None] * frequencies)
+    turn = torch.polar(
+        torch.ones(len(positions), len(frequencies)).double(), positions[:, None] * frequencies
+    )
     keys = torch.einsum("tx,gfx->gtf", augmented.to(turn), attention.complex_keys()) * turn
     queries = torch.einsum("tx,ghfx->ghtf", augmented.to(turn), attention.complex_queries()) * turn
     return torch.einsum("ghtf,gsf->ghts", queries.conj(), keys).real.flatten(0, 1)
@@ -159,9 +163,7 @@ def test_a_biased_layer_makes_up_for_the_values_mean(layer) -> None:
     mean = augmented.mean(0)
     values = torch.einsum("hpc,cx,x->hp", result.up, result.down[:8], mean)[:, 16:]
     actual = torch.einsum("dnv,nv->d", attention.output, values) + result.output_bias
-    expected = torch.einsum(
-        "dnv,nv->d", attention.output, (attention.value @ mean).repeat_interleave(2, 0)
-    )
+    expected = torch.einsum("dnv,nv->d", attention.output, (attention.value @ mean).repeat_interleave(2, 0))
     assert compare(actual, expected).relative_norm < EXACT
 
 
@@ -171,7 +173,9 @@ def test_query_factors_are_exact_at_full_rank_and_not_below(layer) -> None:
     for biased in (False, True):
         full = factor_query(attention.query, moments.damped(), 48, biased).product()
         assert compare(full, matrix).relative_norm < EXACT
-        assert compare(factor_query(attention.query, moments, 20, biased).product(), matrix).relative_norm > 1e-2
+        assert (
+            compare(factor_query(attention.query, moments, 20, biased).product(), matrix).relative_norm > 1e-2
+        )
 
 
 def test_tokenizer_template_and_configuration_come_along(tmp_path: Path) -> None:

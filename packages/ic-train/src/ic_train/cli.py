@@ -13,6 +13,8 @@ from ic_model import ICForCausalLM, checkpoint_path
 from transformers import AutoTokenizer
 
 from ic_train.convert.command import add_convert
+from ic_train.convert.table import add_convert_table
+from ic_train.data.command import add_data
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey import evaluate_passkey, wilson_interval
 from ic_train.evaluation.plots import plot_passkey
@@ -37,6 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_convert(commands)
+    add_convert_table(commands)
+    add_data(commands)
     evaluate = commands.add_parser("evaluate", help="measure what a model can do")
     tasks = evaluate.add_subparsers(required=True, metavar="TASK")
     passkey = tasks.add_parser(

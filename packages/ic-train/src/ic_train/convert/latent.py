@@ -41,7 +41,11 @@ class SplitKeys:
 
 
 def split_keys(
-    attention: SourceAttention, moments: Moments, plan: RotaryPlan, frequencies: torch.Tensor
+    attention: SourceAttention,
+    moments: Moments,
+    plan: RotaryPlan,
+    frequencies: torch.Tensor,
+    statistics: RotaryStatistics | None = None,
 ) -> SplitKeys:
     """Take the plan's rotary components out of the keys.
 
@@ -53,8 +57,9 @@ def split_keys(
         moments: of its input, damped.
         plan: which components stay rotary.
         frequencies: `[d / 2]` of the source.
+        statistics: of the layer, where they are known already.
     """
-    statistics = RotaryStatistics(attention, moments)
+    statistics = statistics or RotaryStatistics(attention, moments)
     keys, queries = attention.complex_keys(), attention.complex_queries()
     rest = keys.clone()
     rotary_keys, rotary_queries = [], []
@@ -85,7 +90,8 @@ def convert_attention(
     plan: RotaryPlan,
     frequencies: torch.Tensor,
     *,
-    rank: int,
+    rank: int | None,
+    statistics: RotaryStatistics | None = None,
     score_factor: float = 1.0,
     biased: bool = False,
 ) -> LatentAttention:
@@ -101,21 +107,26 @@ def convert_attention(
         moments: of its input.
         plan: which parts of the keys stay rotary.
         frequencies: `[d / 2]` of the source.
-        rank: C, at most 2 G d - R.
+        rank: C, at most 2 G d - R; None leaves keys and values as they are, with a latent of 2 G d numbers.
+        statistics: of the layer, where they are known already.
         score_factor: what the source multiplies its scores by beside `d ** -0.5`.
         biased: whether the converted model may have biases: components are then taken around the mean.
     """
     shape = attention.shape
     damped = moments.damped()
-    split = split_keys(attention, damped, plan, frequencies)
+    split = split_keys(attention, damped, plan, frequencies, statistics)
     stacked = torch.cat((split.plain_key.flatten(0, 1), attention.value.flatten(0, 1)))
-    seen = damped.centred() if biased else damped
-    root, inverse = roots(_weights(attention, damped, split))
-    variances, axes = principal_axes(root @ stacked @ seen.second @ stacked.T @ root)
-    # latents of mean square 1: a norm with its epsilon then changes them little
-    scale = variances[:rank].mean().clamp_min(1e-300).sqrt()
-    latent = axes[:, :rank].T @ root @ stacked / scale
-    up = inverse @ axes[:, :rank] * scale
+    if rank is None:
+        latent, up, energy_kept = stacked, torch.eye(len(stacked), dtype=torch.float64), 1.0
+    else:
+        seen = damped.centred() if biased else damped
+        root, inverse = roots(_weights(attention, damped, split))
+        variances, axes = principal_axes(root @ stacked @ seen.second @ stacked.T @ root)
+        # latents of mean square 1: a norm with its epsilon then changes them little
+        scale = variances[:rank].mean().clamp_min(1e-300).sqrt()
+        latent = axes[:, :rank].T @ root @ stacked / scale
+        up = inverse @ axes[:, :rank] * scale
+        energy_kept = float(variances[:rank].sum() / variances.sum())
     output_bias = attention.output_bias
     if biased:
         # what the latent misses of the keys' mean adds the same to every score of a query, which softmax does not
@@ -138,7 +149,7 @@ def convert_attention(
         up=torch.cat((key_up, value_up), dim=1),
         output=attention.output,
         output_bias=output_bias,
-        energy_kept=float(variances[:rank].sum() / variances.sum()),
+        energy_kept=energy_kept,
     )
 
 

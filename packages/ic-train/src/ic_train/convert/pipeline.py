@@ -76,6 +76,14 @@ class Conversion:
     searched: dict[str, float]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerMeasures:
+    """What all plans need to know of a layer."""
+
+    moments: Moments
+    statistics: RotaryStatistics
+
+
 def check_options(options: ConversionOptions, source: Source) -> None:
     """Refuse ranks and angles that the source does not have.
 
@@ -150,23 +158,27 @@ class Converter:
         """Of a layer's input, from `measure`."""
         return Moments(second=self.measured.load(f"moments-{index:03d}.safetensors")["second"])
 
-    def choose_plan(
-        self, options: ConversionOptions, workspace: Workspace
-    ) -> tuple[RotaryPlan, dict[str, float]]:
+    def measures(self, index: int, layer: SourceLayer) -> LayerMeasures:
+        """A layer's moments, and what follows from them for every plan."""
+        moments = self.moments(index)
+        return LayerMeasures(moments=moments, statistics=RotaryStatistics(layer.attention, moments.damped()))
+
+    def choose_plan(self, options: ConversionOptions) -> tuple[RotaryPlan, dict[str, float]]:
         """The plan with the lowest loss where only RoPE is cut; and the losses of all that were tried."""
-        if workspace.has("plan.json"):
-            found = workspace.load_json("plan.json")
+        # depends on nothing else of the options: conversions to other ranks share it
+        name = f"plan-{options.qk_rope_head_dim}-{options.frequencies}"
+        if self.measured.has(f"{name}.json"):
+            found = self.measured.load_json(f"{name}.json")
             return _plan_from(found["plan"]), found["searched"]
         planner = RotaryPlanner(self.source.frequencies, self.source.shape.kv_heads)
         for index in tqdm(range(self.source.num_layers), desc="energies", unit="layer"):
-            layer = self.source.layer(index)
-            planner.add_layer(RotaryStatistics(layer.attention, self.moments(index).damped()))
+            planner.add_layer(self.measures(index, self.source.layer(index)).statistics)
         plans = planner.candidates(options.qk_rope_head_dim, standard=options.frequencies == "standard")
         searched: dict[str, float] = {}
         if len(plans) > 1:
-            searched = self._compare(plans, workspace)
+            searched = self._compare(plans, name)
             plans.sort(key=lambda plan: searched[plan.name])
-        workspace.save_json("plan.json", {"plan": asdict(plans[0]), "searched": searched})
+        self.measured.save_json(f"{name}.json", {"plan": asdict(plans[0]), "searched": searched})
         return plans[0], searched
 
     def convert(self, options: ConversionOptions, workspace: Workspace) -> Conversion:
@@ -177,7 +189,7 @@ class Converter:
         """
         check_options(options, self.source)
         losses = {"source": self.measure()}
-        plan, searched = self.choose_plan(options, workspace)
+        plan, searched = self.choose_plan(options)
         full_rank = 2 * self.source.shape.key_width - options.qk_rope_head_dim
         steps = ["partial_rope"]
         if options.kv_lora_rank < full_rank:
@@ -212,36 +224,39 @@ class Converter:
         """Whether the converted model has biases: only where the source has."""
         return self.source.biased
 
-    def one_layer(self, index: int, layer: SourceLayer, plan: RotaryPlan, rank: int) -> LatentAttention:
-        """A converted layer."""
+    def one_layer(
+        self, layer: SourceLayer, seen: LayerMeasures, plan: RotaryPlan, rank: int | None
+    ) -> LatentAttention:
+        """A converted layer; rank None: keys and values as they are."""
         return convert_attention(
             layer.attention,
-            self.moments(index),
+            seen.moments,
             plan,
             self.source.frequencies,
             rank=rank,
+            statistics=seen.statistics,
             score_factor=self.source.score_factor,
             biased=self.biased,
         )
 
-    def _compare(self, plans: list[RotaryPlan], workspace: Workspace) -> dict[str, float]:
+    def _compare(self, plans: list[RotaryPlan], file: str) -> dict[str, float]:
         by_name = {plan.name: plan for plan in plans}
 
         def step(index: int, layer: SourceLayer, block: Block, hidden: Hidden) -> Hidden:
             advanced = {}
+            seen = self.measures(index, layer)
             for name, plan in by_name.items():
-                rank = 2 * self.source.shape.key_width - 2 * len(plan.frequencies)
-                attention = self.one_layer(index, layer, plan, rank)
+                attention = self.one_layer(layer, seen, plan, None)
                 attend = latent_attention(attention, torch.tensor(plan.frequencies), self.device)
                 advanced[name] = self._run(block, attend, hidden[name])
             return advanced
 
-        hidden = self._stream("plans", workspace, dict.fromkeys(by_name, self.windows.search), step)
+        hidden = self._stream(file, self.measured, dict.fromkeys(by_name, self.windows.search), step)
         losses = {
             name: mean_loss(self.source, states.to(self.device), self.windows.search)
             for name, states in hidden.items()
         }
-        workspace.remove("plans.safetensors")
+        self.measured.remove(f"{file}.safetensors")
         return losses
 
     def _stream(self, name: str, workspace: Workspace, ids: dict[str, torch.Tensor], step: Step) -> Hidden:
@@ -302,18 +317,20 @@ class _LayerWork:
     def __call__(self, index: int, layer: SourceLayer, block: Block, hidden: Hidden) -> Hidden:
         """Save the converted layer and advance all states."""
         converter, source = self.converter, self.converter.source
-        full_rank = 2 * source.shape.key_width - self.options.qk_rope_head_dim
-        attention = converter.one_layer(index, layer, self.plan, full_rank)
+        seen = converter.measures(index, layer)
+        # where the rank cuts nothing, there is no step of its own for it
+        rank = None if "low_rank" in self.steps else self.options.kv_lora_rank
+        attention = converter.one_layer(layer, seen, self.plan, rank)
         advanced: Hidden = {}
         norm = query_factors = None
         for name in self.steps:
             if name == "low_rank":
-                attention = converter.one_layer(index, layer, self.plan, self.options.kv_lora_rank)
+                attention = converter.one_layer(layer, seen, self.plan, self.options.kv_lora_rank)
             elif name == "query_rank":
                 assert self.options.q_lora_rank is not None
                 query_factors = factor_query(
                     attention.query,
-                    converter.moments(index).damped(),
+                    seen.moments.damped(),
                     self.options.q_lora_rank,
                     converter.biased,
                 )

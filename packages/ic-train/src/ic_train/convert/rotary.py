@@ -76,14 +76,17 @@ class RotaryStatistics:
 
     def __init__(self, attention: SourceAttention, moments: Moments) -> None:
         self.kv_heads = attention.shape.kv_heads
-        second = moments.second.to(torch.complex128)
+        # the moment is real: two real products instead of a complex one
+        second = moments.second
         # [F, G, D + 1], so that a fold is a slice
         keys = attention.complex_keys().transpose(0, 1)
-        self.frequencies = len(keys)
         flat = keys.flatten(0, 1)
-        self.keys = (flat @ second @ flat.mH).view(*keys.shape[:2], *keys.shape[:2])
-        queries = attention.complex_queries()
-        self.queries = torch.einsum("ghfa,ab,gheb->gfe", queries, second, queries.conj())
+        seen = torch.complex(flat.real @ second, flat.imag @ second)
+        self.keys = (seen @ flat.mH).view(*keys.shape[:2], *keys.shape[:2])
+        # [G, F, N / G, D + 1]
+        queries = attention.complex_queries().transpose(1, 2)
+        met = torch.complex(queries.real @ second, queries.imag @ second)
+        self.queries = torch.einsum("gfhx,gehx->gfe", met, queries.conj())
 
     def basis(self, fold: Fold) -> FoldBasis:
         """Principal components of a fold's keys, weighted by the queries that meet them."""

@@ -76,7 +76,7 @@ class Workspace:
         self.path(name).unlink(missing_ok=True)
 
 
-class _disk:  # noqa: N801  (reads as a statement)
+class _disk:
     """Turns what the disk does not take into one clear error."""
 
     def __init__(self, folder: Path) -> None:

@@ -1,0 +1,276 @@
+"""`ic-train convert-table`: one source at several (C, R), before and after healing, as a committed result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ic_model import ICForCausalLM
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+from ic_train.convert.calibration import choose_windows
+from ic_train.convert.command import add_text_options, window_sizes
+from ic_train.convert.pipeline import ConversionOptions, perplexity
+from ic_train.convert.run import convert
+from ic_train.convert.source import Source, open_source
+from ic_train.evaluation.haystack import load_haystack
+from ic_train.evaluation.passkey import evaluate_passkey
+from ic_train.results import new_result_folder, write_result
+
+PAIRS = ("256:64", "192:64", "128:64", "128:32", "64:16")
+TOPIC = "conversion"
+
+Row = dict[str, Any]
+
+
+def add_convert_table(commands: Any) -> None:
+    """Add the command to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "convert-table",
+        help="convert one source to several sizes, heal them, and write a result",
+        description=(
+            "Convert one source at several sizes of the latent row, measure perplexity on held-out text before and, "
+            "with --heal-config, after healing, and write result.json. Continues where it was interrupted."
+        ),
+    )
+    parser.set_defaults(run=_run)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="Hugging Face folder or .gguf file")
+    add("work", type=Path, metavar="WORK", help="folder for checkpoints and measurements")
+    add(
+        "--pairs",
+        nargs="+",
+        default=list(PAIRS),
+        metavar="C:R",
+        help=f"kv_lora_rank:qk_rope_head_dim (default: {' '.join(PAIRS)})",
+    )
+    add(
+        "--heal-config",
+        type=Path,
+        metavar="RECIPE",
+        help="recipe of ic_train.heal; without it, nothing is healed",
+    )
+    add("--heal-seconds", type=float, default=1200.0, metavar="S", help="time for each (default: 1200)")
+    add("--corpora", nargs="+", default=[], metavar="DIR", help="packed corpora to heal on")
+    add(
+        "--passkey-tokens",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="context lengths at which pass keys are asked for (default: none)",
+    )
+    add("--passkey-contexts", type=int, default=10, help="contexts per length (default: 10)")
+    add("--passkey-keys", type=int, default=3, help="pass keys in each (default: 3)")
+    add(
+        "--results",
+        type=Path,
+        default=Path("bench/results"),
+        metavar="DIR",
+        help="where the dated folder goes (default: bench/results)",
+    )
+    add_text_options(parser)
+
+
+def _run(options: argparse.Namespace) -> int:
+    pairs = [_pair(text) for text in options.pairs]
+    if options.heal_config and not options.corpora:
+        raise ValueError("--heal-config is given; --corpora must say what to heal on")
+    options.work.mkdir(parents=True, exist_ok=True)
+    source = open_source(options.source)
+    folder = new_result_folder(options.results, TOPIC)
+    rows: list[Row] = []
+
+    def add(new: list[Row]) -> None:
+        rows.extend(new)
+        # after every step: healing takes long, and what was measured stays
+        write_result(folder, TOPIC, rows, seed=options.seed)
+        for row in new:
+            print(_line(row), flush=True)
+
+    if options.passkey_tokens:
+        add(_passkey(options, _lossless(options, source), source.name))
+    for rank, rope in pairs:
+        out = options.work / f"{rank}-{rope}"
+        record = _converted(options, out, ConversionOptions(kv_lora_rank=rank, qk_rope_head_dim=rope))
+        if not any(row.get("stage") == "source" for row in rows):
+            add([_source_row(source, record)])
+        add(_rows(source, record))
+        if options.passkey_tokens:
+            add(_passkey(options, out, f"{source.name} {rank}+{rope}"))
+        if options.heal_config:
+            healed = _heal(options, out)
+            add([_healed_row(options, source, record, healed)])
+            if options.passkey_tokens:
+                add(_passkey(options, healed, f"{source.name} {rank}+{rope} healed"))
+    print(f"written: {folder}")
+    return 0
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise ValueError(f"--pairs has {text!r}; accepted: kv_lora_rank:qk_rope_head_dim, as 256:64")
+    return int(parts[0]), int(parts[1])
+
+
+def _converted(options: argparse.Namespace, out: Path, wanted: ConversionOptions) -> Row:
+
+    if (out / "conversion.json").is_file():
+        return json.loads((out / "conversion.json").read_text())
+    return convert(
+        options.source,
+        out,
+        wanted,
+        calibration=options.calibration,
+        held_out=options.held_out,
+        sizes=window_sizes(options),
+        device=options.device,
+        measured=options.work / "measured",
+    )
+
+
+def _lossless(options: argparse.Namespace, source: Source) -> Path:
+    """The source as a model of ours that keeps everything, so that one program asks all of them."""
+    width = source.shape.key_width
+    out = options.work / "source"
+    _converted(options, out, ConversionOptions(kv_lora_rank=width, qk_rope_head_dim=width))
+    return out
+
+
+def _source_row(source: Source, record: Row) -> Row:
+    numbers = record["kv_numbers_per_token"]
+    return {
+        "source": source.name,
+        "stage": "source",
+        "perplexity": record["perplexity"]["source"],
+        "kv_numbers_per_token": numbers["before"],
+        "kv_saved_vs_mha": 1 - numbers["before"] / numbers["multi_head"],
+        "kv_saved_vs_source": 0.0,
+        "text": record["text"],
+    }
+
+
+def _rows(source: Source, record: Row) -> list[Row]:
+    steps = [step for step in record["perplexity"] if step != "source"]
+    return [
+        _sizes(source, record)
+        | {
+            # the last lossy step is the converted model
+            "stage": "converted" if step == steps[-1] else step,
+            "perplexity": record["perplexity"][step],
+            "perplexity_vs_source": record["perplexity"][step] / record["perplexity"]["source"],
+            "plan": record["plan"]["name"],
+            "wall_s": record["wall_s"],
+            "peak_memory_bytes": record["peak_memory_bytes"],
+        }
+        for step in steps
+    ]
+
+
+def _sizes(source: Source, record: Row) -> Row:
+    return {
+        "source": source.name,
+        "kv_lora_rank": record["kv_lora_rank"],
+        "qk_rope_head_dim": record["qk_rope_head_dim"],
+        "kv_numbers_per_token": record["kv_numbers_per_token"]["after"],
+        "kv_saved_vs_mha": record["kv_saved_vs_mha"],
+        "kv_saved_vs_source": record["kv_saved_vs_source"],
+    }
+
+
+def _heal(options: argparse.Namespace, converted: Path) -> Path:
+    healed = converted.with_name(f"{converted.name}-healed")
+    if (healed / "training.json").is_file():
+        return healed
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--cpu"] if options.device == "cpu" else []
+    command += ["-m", "ic_train.heal", "--config", str(options.heal_config), "--model", str(converted)]
+    command += ["--teacher", str(options.source), "--output_dir", str(healed)]
+    command += ["--max_seconds", str(options.heal_seconds), "--corpora", *options.corpora]
+    finished = subprocess.run(command, check=False)
+    if finished.returncode:
+        raise ValueError(
+            f"healing {converted} failed with status {finished.returncode}; what it said is above"
+        )
+    return healed
+
+
+def _healed_row(options: argparse.Namespace, source: Source, record: Row, healed: Path) -> Row:
+
+    training = json.loads((healed / "training.json").read_text())
+    windows = choose_windows(source.tokenizer, options.calibration, options.held_out, window_sizes(options))
+    value = measured_perplexity(healed, windows.evaluation, options.device)
+    return _sizes(source, record) | {
+        "stage": "healed",
+        "perplexity": value,
+        "perplexity_vs_source": value / record["perplexity"]["source"],
+        "tokens": training["tokens"],
+        "wall_s": training["wall_s"],
+        "gpu": training["gpu"],
+        "loss_log": [line for line in training["log"] if "loss" in line],
+    }
+
+
+def measured_perplexity(checkpoint: Path, token_ids: torch.Tensor, device: str) -> float:
+    """Perplexity of a checkpoint on windows `[B, T]`, in float32, one window at a time."""
+    model = ICForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).to(device).eval()
+    total = 0.0
+    with torch.inference_mode():
+        for row in token_ids.to(device):
+            logits = model(row[None], use_cache=False).logits[0, :-1]
+            total += float(F.cross_entropy(logits, row[1:], reduction="sum"))
+    return perplexity(total / (len(token_ids) * (token_ids.shape[1] - 1)))
+
+
+def _passkey(options: argparse.Namespace, checkpoint: Path, name: str) -> list[Row]:
+    cuda = options.device.startswith("cuda")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = ICForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(options.device).eval()
+    rows = []
+    for context_tokens in options.passkey_tokens:
+        samples = list(
+            evaluate_passkey(
+                model,
+                tokenizer,
+                load_haystack("jargon"),
+                context_tokens=context_tokens,
+                num_contexts=options.passkey_contexts,
+                keys_per_context=options.passkey_keys,
+                seed=options.seed,
+            )
+        )
+        rows.append(
+            {
+                "model": name,
+                "engine": "transformers",
+                "kv_dtype": str(dtype).removeprefix("torch."),
+                "task": "passkey",
+                "haystack": "jargon",
+                "context_tokens": context_tokens,
+                "correct": sum(sample["correct"] for sample in samples),
+                "total": len(samples),
+                "samples": samples,
+            }
+        )
+    return rows
+
+
+def _line(row: Row) -> str:
+    if row.get("task") == "passkey":
+        return f"{row['model']}: {row['correct']} of {row['total']} pass keys at {row['context_tokens']:,} tokens"
+    size = (
+        f"C {row['kv_lora_rank']:>4}  R {row['qk_rope_head_dim']:>3}" if "kv_lora_rank" in row else " " * 13
+    )
+    relative = row.get("perplexity_vs_source", 1.0)
+    return (
+        f"{size}  {row['stage']:<14} perplexity {row['perplexity']:9.3f}  {relative:7.3f} x  cache "
+        f"{row['kv_saved_vs_source']:6.1%} less than the source's, {row['kv_saved_vs_mha']:.1%} less than multi-head"
+    )

@@ -1,0 +1,116 @@
+"""Sequences of equal length cut from packed corpora, each a pure function of its number.
+
+Letters: T tokens per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ic_train.data.text import TokenCorpus
+
+
+class PackedText(Dataset[dict[str, torch.Tensor]]):
+    """Sequences `[T]` of corpora in a random order that depends on the seed only.
+
+    Every corpus is cut into consecutive sequences, from a place that changes with every pass over it, and all of them
+    come once before any comes again. A sequence holds parts of several documents, with end tokens between them, and
+    attention reaches across: nothing is padded and nothing is left out.
+
+    Args:
+        corpora: packed tokens.
+        tokens_per_sequence: T.
+        seed: of the order.
+        num_sequences: length; default: one pass over the corpora.
+        weights: share of each corpus in the sequences; default: by its tokens.
+
+    Raises:
+        ValueError: a corpus has fewer than T + 1 tokens, or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[TokenCorpus],
+        *,
+        tokens_per_sequence: int,
+        seed: int,
+        num_sequences: int | None = None,
+        weights: Sequence[float] = (),
+    ) -> None:
+        self.corpora = corpora
+        self.tokens_per_sequence = tokens_per_sequence
+        self.seed = seed
+        self._counts = [len(corpus.tokens) // tokens_per_sequence - 1 for corpus in corpora]
+        for corpus, count in zip(corpora, self._counts, strict=True):
+            if count < 1:
+                raise ValueError(
+                    f"tokens_per_sequence is {tokens_per_sequence}; a corpus of {len(corpus.tokens)} tokens is too "
+                    f"short: it needs at least {2 * tokens_per_sequence}"
+                )
+        if weights and (len(weights) != len(corpora) or min(weights) <= 0):
+            raise ValueError(
+                f"corpus_weights is {list(weights)}; it must have a number above 0 for each of {len(corpora)} corpora"
+            )
+        shares = np.asarray(weights or self._counts, dtype=np.float64)
+        # ends of the corpora's shares of [0, 1)
+        self._shares = (shares / shares.sum()).cumsum()
+        self._length = num_sequences or sum(self._counts)
+        self._orders: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What the corpora are."""
+        return [corpus.record for corpus in self.corpora]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """`input_ids [T]`; they are the labels, too."""
+        chosen, turn = self._choose(number)
+        epoch, place = divmod(turn, self._counts[chosen])
+        order, offset = self._order(chosen, epoch)
+        start = offset + int(order[place]) * self.tokens_per_sequence
+        tokens = self.corpora[chosen].tokens[start : start + self.tokens_per_sequence]
+        return {"input_ids": torch.from_numpy(tokens.astype(np.int64))}
+
+    def _choose(self, number: int) -> tuple[int, int]:
+        """The corpus of a sequence, and how many of that corpus come before it.
+
+        The golden ratio's multiples fill [0, 1) evenly, so that after any number of sequences every corpus has had its
+        share; the count before is that number times the share, found exactly by counting in blocks.
+        """
+        block, within = divmod(number, _BLOCK)
+        counts = self._block_counts()
+        corpora = self._block()
+        chosen = int(corpora[within])
+        before = int((corpora[:within] == chosen).sum())
+        return chosen, block * int(counts[chosen]) + before
+
+    def _block(self) -> np.ndarray:
+        if not hasattr(self, "_block_cache"):
+            places = (np.arange(_BLOCK) * _GOLDEN) % 1.0
+            self._block_cache = np.searchsorted(self._shares[:-1], places, side="right")
+        return self._block_cache
+
+    def _block_counts(self) -> np.ndarray:
+        return np.bincount(self._block(), minlength=len(self.corpora))
+
+    def _order(self, chosen: int, epoch: int) -> tuple[np.ndarray, int]:
+        key = (chosen, epoch)
+        if key not in self._orders:
+            # the workers of a loader go through epochs in step: old ones are not asked for again
+            self._orders = {old: value for old, value in self._orders.items() if old[1] >= epoch - 1}
+            rng = np.random.default_rng([self.seed, chosen, epoch])
+            offset = int(rng.integers(self.tokens_per_sequence))
+            self._orders[key] = rng.permutation(self._counts[chosen]), offset
+        return self._orders[key]
+
+
+_BLOCK = 4096
+_GOLDEN = (5**0.5 - 1) / 2
