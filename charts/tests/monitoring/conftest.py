@@ -1,4 +1,4 @@
-"""Fixtures of the monitoring tests: Prometheus' programs, the chart's objects, and one running stack for the session."""
+"""Fixtures of the monitoring tests: Prometheus' programs, the chart's objects, one stack for the session."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 if str(Path(__file__).parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).parent))
 
-import monitoring_programs  # noqa: E402  (found through the line above)
-import monitoring_stack  # noqa: E402
+import monitoring_programs
+import monitoring_stack
 
 EVERYTHING = {
     "monitoring.enabled": True,

@@ -96,7 +96,7 @@ def of_scaled_objects(objects: list[dict[str, Any]]) -> Iterator[Expression]:
 
 
 def of_autoscalers(objects: list[dict[str, Any]], series: list[str]) -> Iterator[Expression]:
-    """What prometheus-adapter asks Prometheus for each external metric of an HPA, by the rules that the chart brings.
+    """What prometheus-adapter asks Prometheus for an HPA's external metrics, by the rules that the chart brings.
 
     Args:
         objects: with the HorizontalPodAutoscaler and the ConfigMap of the rules.

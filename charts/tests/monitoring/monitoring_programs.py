@@ -1,4 +1,4 @@
-"""Prometheus and Alertmanager: those of the machine, or Debian's, fetched by apt-get and unpacked beside the system.
+"""Prometheus and Alertmanager: those of the machine, or Debian's, fetched by apt-get and unpacked elsewhere.
 
 Unpacked, not installed: a package's installation would start its service, which listens on all interfaces.
 """

@@ -1,8 +1,8 @@
 """One running stack: `vllm serve`, Prometheus and Alertmanager, which run the chart's own monitors and rules.
 
-All of it listens on the loopback interface, and ends with the tests even when those are killed. Kubernetes is not there:
-what its Prometheus operator would make of a PodMonitor is made here, and exporters of GPUs, nodes and Kubernetes objects
-are replaced by files of their documented exposition, see exposition/README.md.
+All of it listens on the loopback interface, and ends with the tests even when those are killed. Kubernetes is not
+there: what the Prometheus operator would make of a PodMonitor is made here, and exporters other than vLLM are replaced
+by files of their documented exposition, see exposition/README.md.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from typing import Any
 import chart_tools
 import psutil
 import yaml
+from ic_model import checkpoint_path
+from monitoring_programs import Programs
+
 from demo import guard
 from demo.progress import Progress
 from demo.server import HOST, Server, choose_port
-from ic_model import checkpoint_path
-from monitoring_programs import Programs
 
 EXPOSITION = Path(__file__).parent / "exposition"
 NAMESPACE, RELEASE, MODEL = "default", "ic-infinite-context", "ic-nano"
@@ -47,7 +48,7 @@ LIVE_VALUES = {
     "monitoring.rules.for.ICEngineStuck": "2s",
     "monitoring.rules.for.ICEngineSilent": "1s",
 }
-# `honor_labels` as each exporter's own chart has it; without it, Prometheus renames what it also says of the target
+# `honor_labels` as each exporter's own chart has it; without it, Prometheus renames what it says of targets too
 EXPORTERS = {
     "dcgm-exporter": {"honor": False, "labels": {"namespace": "gpu-operator", "pod": "dcgm-exporter-8x5mv"}},
     "node-exporter": {"honor": False, "labels": {"namespace": "monitoring", "pod": "node-exporter-2kq9d"}},
@@ -243,7 +244,7 @@ class Stack:
         """The condition's first true value.
 
         Raises:
-            AssertionError: it has none in time; the message ends with what Prometheus says of its rules and targets.
+            AssertionError: it has none in time; the message ends with the logs of Prometheus and Alertmanager.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

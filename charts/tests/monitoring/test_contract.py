@@ -1,4 +1,4 @@
-"""dashboards/metrics.yaml: every metric and label that something asks for, no more, and what stands for its exporter."""
+"""dashboards/metrics.yaml: what something asks for, no more; and what stands for exporters."""
 
 import re
 from pathlib import Path

@@ -36,51 +36,43 @@ def panels_of(board):
 def problems(value, declared, where):
     """Where a value, as the SDK's classes read it, is not of its declared type."""
     origin, arguments = typing.get_origin(declared), typing.get_args(declared)
-    if declared in (typing.Any, object):
+    if declared in (typing.Any, object) or (value is None and type(None) in arguments):
         return []
     if origin is typing.Union:
-        if value is None and type(None) in arguments:
-            return []
         options = [option for option in arguments if option is not type(None)]
         own = [option for option in options if inspect.isclass(option) and isinstance(value, option)]
         return min((problems(value, option, where) for option in own or options), key=len)
     if origin is typing.Literal:
         return [] if value in arguments else [f"{where} is {value!r}, not one of {arguments}"]
-    if origin is list:
-        if not isinstance(value, list):
-            return [f"{where} is no list"]
-        return [
-            text
-            for index, item in enumerate(value)
-            for text in problems(item, arguments[0], f"{where}[{index}]")
-        ]
-    if origin is dict:
-        if not isinstance(value, dict):
-            return [f"{where} is no mapping"]
-        return [
-            text for key, item in value.items() for text in problems(item, arguments[1], f"{where}.{key}")
-        ]
-    if inspect.isclass(declared) and issubclass(declared, enum.Enum):
+    if origin in (list, dict):
+        if not isinstance(value, origin):
+            return [f"{where} is no {origin.__name__}"]
+        items = enumerate(value) if origin is list else value.items()
+        return [text for key, item in items for text in problems(item, arguments[-1], f"{where}[{key}]")]
+    return problems_of_class(value, declared, where)
+
+
+def problems_of_class(value, declared, where):
+    if issubclass(declared, enum.Enum):
         # read from JSON, members stay plain strings and numbers
         known = [member.value for member in declared]
         return [] if value in known else [f"{where} is {value!r}, not one of {known}"]
-    if inspect.isclass(declared) and hasattr(declared, "from_json") and isinstance(value, dict):
+    if hasattr(declared, "from_json") and isinstance(value, dict):
         # the SDK leaves lists of some classes as they were in the JSON
         read = declared.from_json(value)
         lost = [] if json.loads(json.dumps(read, cls=JSONEncoder)) == value else [f"{where} has unknown keys"]
         return lost + problems(read, declared, where)
-    if declared is float and isinstance(value, int) and not isinstance(value, bool):
-        return []
-    if not isinstance(value, declared) or (declared is int and isinstance(value, bool)):
+    numeric = (int, float) if declared is float else declared
+    if not isinstance(value, numeric) or (isinstance(value, bool) and declared is not bool):
         return [f"{where} is {type(value).__name__}, not {declared.__name__}"]
-    if inspect.isclass(declared) and hasattr(value, "to_json") and hasattr(type(value), "from_json"):
-        hints = typing.get_type_hints(type(value))
-        return [
-            text
-            for name, hint in hints.items()
-            for text in problems(getattr(value, name), hint, f"{where}.{name}")
-        ]
-    return []
+    if not hasattr(type(value), "from_json"):
+        return []
+    hints = typing.get_type_hints(type(value))
+    return [
+        text
+        for name, hint in hints.items()
+        for text in problems(getattr(value, name), hint, f"{where}.{name}")
+    ]
 
 
 def test_the_pinned_types_are_those_of_the_grafana_that_the_docs_name():

@@ -1,4 +1,4 @@
-"""A real vLLM server, scraped by a real Prometheus as the chart says, under the chart's rules, with a real Alertmanager.
+"""A real vLLM server, scraped by a real Prometheus as the chart says, its rules, and a real Alertmanager.
 
 The tests run in this order, on one stack: what a working server shows comes before what a broken one does.
 """
@@ -24,8 +24,10 @@ ABSENT = {
     'status="5xx"': "http_requests_total has a series for a class of status after its first answer",
     "ic:http_errors:ratio": "needs requests within the last seconds; asked over the whole run instead",
 }
-# one token a byte, 47 steps: longer than rateWindow in all, each step far shorter
-LONG_PROMPT = "".join(chr(97 + (index * index) % 26) for index in range(24_000))
+# less than twice rateWindow: what the long prompt takes at least, on a fast machine and on a busy one
+LONG_PROMPT_S = 14
+# one token a byte
+LETTERS = "".join(chr(97 + (index * index // 7) % 26) for index in range(48_000))
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,16 @@ def served(stack):
     """The stack after some traffic: short answers, waiting ones, a long prompt, one that is refused."""
     assert stack.complete_many(5, tokens=60) == [200] * 5
     assert stack.complete(prompt="x" * 70_000) == 400
+    began = time.monotonic()
+    assert stack.complete(prompt=LETTERS[:3_000], tokens=1) == 200
+    # attention makes later tokens slower, so it takes longer than this says
+    tokens = min(len(LETTERS), int(3_000 * LONG_PROMPT_S / (time.monotonic() - began)))
     stack.long_prompt_began = time.time()
-    assert stack.complete(prompt=LONG_PROMPT, tokens=5) == 200
-    stack.long_prompt_ended = time.time()
-    # the same again: the prefix cache has it
-    assert stack.complete(prompt=LONG_PROMPT, tokens=5) == 200
+    # the other way round: nothing of it is in the prefix cache
+    long_prompt = LETTERS[:tokens][::-1]
+    assert stack.complete(prompt=long_prompt, tokens=5) == 200
+    # now it is
+    assert stack.complete(prompt=long_prompt, tokens=5) == 200
     assert stack.complete_many(3, tokens=30) == [200] * 3
     # two scrapes and two evaluations later Prometheus has seen it all
     time.sleep(4)
@@ -158,7 +165,7 @@ def test_a_long_prefill_looks_stuck_by_its_tokens_and_is_not(served, expressions
     stuck = next(item.text for item in expressions["rules"] if item.where == "ICEngineStuck")
     by_tokens, by_cache = stuck.split("\nand changes")
     since = served.long_prompt_began
-    assert numbers(served.query_range(by_tokens, since=since)), "the prompt was too short to show it"
+    assert numbers(served.query_range(by_tokens, since=since)), "the long prompt was read too fast to show it"
     assert not served.query_range(f"{by_tokens}\nand changes{by_cache}", since=since)
 
 

@@ -159,27 +159,49 @@ def test_scale_to_zero_with_what_makes_it_work(render, tmp_path):
     assert waiting["metadata"]["ignoreNullValues"] == cache["metadata"]["ignoreNullValues"] == "true"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"autoscaling.kind": "vpa"}, r"autoscaling/kind.*must be one of 'none', 'hpa', 'keda'"),
-        ({"autoscaling.kind": "hpa"}, "autoscaling.kind is \"hpa\", which reads what Prometheus scrapes; set monitoring.enabled"),
-        ({**KEDA, "monitoring.scrape.kind": "none"}, "monitoring.scrape.kind to pod or service"),
-        ({**KEDA, "autoscaling.minReplicas": 5}, "autoscaling.maxReplicas is 4; it must be at least minReplicas, 5"),
-        ({**KEDA, "autoscaling.minReplicas": 0}, "autoscaling/minReplicas.*got 0, want 1"),
-        ({**KEDA, "autoscaling.scaleDown.periodSeconds": 60}, r"periodSeconds is 60; it must be at least serving.drain.gracePeriodSeconds, \d+"),
-        ({**KEDA, "autoscaling.keda.fallbackReplicas": 9}, "fallbackReplicas is 9; it must be 0 or lie between minReplicas, 1, and maxReplicas, 4"),
-        (ZERO, "autoscaling.scaleToZero.demandQuery is empty"),
-        ({**ZERO, "autoscaling.kind": "hpa"}, 'scaleToZero.enabled needs autoscaling.kind keda, not "hpa"'),
-        ({**ZERO, "autoscaling.scaleToZero.demandQuery": "sum(vllm:num_requests_waiting)"}, "metrics of vLLM end with the last replica"),
-        ({**ZERO, "autoscaling.scaleToZero.demandQuery": "x", "autoscaling.scaleToZero.cooldownSeconds": 100}, "cooldownSeconds is 100"),
-        ({"monitoring.enabled": True, "monitoring.scrape.timeoutSeconds": 20}, "timeoutSeconds is 20; it must be at most intervalSeconds, 15"),
-        ({"monitoring.enabled": True, "monitoring.scrape.kind": "probe"}, "monitoring/scrape/kind"),
-        ({"monitoring.enabled": True, "monitoring.rules.rateWindow": "soon"}, "monitoring/rules/rateWindow"),
-        ({"monitoring.enabled": True, "monitoring.slo.ttft.seconds": "3.0"}, "monitoring/slo/ttft/seconds"),
-        ({"monitoring.enabled": True, "monitoring.promethusRelease": "x"}, "promethusRelease"),
-    ],
-)  # fmt: skip
+WATCHED = {"monitoring.enabled": True}
+REFUSED = [
+    ({"autoscaling.kind": "vpa"}, r"autoscaling/kind.*must be one of 'none', 'hpa', 'keda'"),
+    (
+        {"autoscaling.kind": "hpa"},
+        'autoscaling.kind is "hpa", which reads what Prometheus scrapes; set monitoring.enabled',
+    ),
+    ({**KEDA, "monitoring.scrape.kind": "none"}, "monitoring.scrape.kind to pod or service"),
+    (
+        {**KEDA, "autoscaling.minReplicas": 5},
+        "autoscaling.maxReplicas is 4; it must be at least minReplicas, 5",
+    ),
+    ({**KEDA, "autoscaling.minReplicas": 0}, "autoscaling/minReplicas.*got 0, want 1"),
+    (
+        {**KEDA, "autoscaling.scaleDown.periodSeconds": 60},
+        r"periodSeconds is 60; it must be at least serving.drain.gracePeriodSeconds, \d+",
+    ),
+    (
+        {**KEDA, "autoscaling.keda.fallbackReplicas": 9},
+        "fallbackReplicas is 9; it must be 0 or lie between minReplicas, 1, and maxReplicas, 4",
+    ),
+    (ZERO, "autoscaling.scaleToZero.demandQuery is empty"),
+    ({**ZERO, "autoscaling.kind": "hpa"}, 'scaleToZero.enabled needs autoscaling.kind keda, not "hpa"'),
+    (
+        {**ZERO, "autoscaling.scaleToZero.demandQuery": "sum(vllm:num_requests_waiting)"},
+        "metrics of vLLM end with the last replica",
+    ),
+    (
+        {**ZERO, "autoscaling.scaleToZero.demandQuery": "x", "autoscaling.scaleToZero.cooldownSeconds": 100},
+        "cooldownSeconds is 100",
+    ),
+    (
+        {**WATCHED, "monitoring.scrape.timeoutSeconds": 20},
+        "timeoutSeconds is 20; it must be at most intervalSeconds, 15",
+    ),
+    ({**WATCHED, "monitoring.scrape.kind": "probe"}, "monitoring/scrape/kind"),
+    ({**WATCHED, "monitoring.rules.rateWindow": "soon"}, "monitoring/rules/rateWindow"),
+    ({**WATCHED, "monitoring.slo.ttft.seconds": "3.0"}, "monitoring/slo/ttft/seconds"),
+    ({**WATCHED, "monitoring.promethusRelease": "x"}, "promethusRelease"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_cannot_work_is_refused(render, options, message):
     with pytest.raises(chart_tools.HelmError, match=message):
         render(set=options)
