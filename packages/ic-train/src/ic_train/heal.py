@@ -2,8 +2,8 @@
 
     accelerate launch -m ic_train.heal --config packages/ic-train/recipes/ic-135m/heal.yaml
 
-The recipe's keys are the fields of the two dataclasses below and transformers' TrainingArguments; any key can also be
-given as a flag, and a flag wins over the recipe.
+The recipe's keys are the fields of the two dataclasses below and transformers' TrainingArguments; any key can
+also be given as a flag, and a flag wins over the recipe.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class HealArguments:
         hidden_weight: weight of the mean over layers of the squared distance of hidden states, relative to the
             teacher's; needs a teacher with as many layers of the same width.
         temperature: of both distributions in the KL.
-        max_seconds: stop after so long, whatever the steps; the learning rate's schedule then follows the clock. 0:
-            train all steps.
+        max_seconds: stop after so long, whatever the steps; the learning rate's schedule then follows the
+            clock. 0: train all steps.
     """
 
     model: str = ""
@@ -186,7 +186,8 @@ def load_teacher(arguments: HealArguments, model: ICForCausalLM) -> PreTrainedMo
     same = (own.num_hidden_layers, own.hidden_size) == (other.num_hidden_layers, other.hidden_size)
     if arguments.hidden_weight and not same:
         raise ValueError(
-            f"hidden_weight is {arguments.hidden_weight}; the teacher must then have {own.num_hidden_layers} layers "
+            f"hidden_weight is {arguments.hidden_weight}; the teacher must then have "
+            f"{own.num_hidden_layers} layers "
             f"of width {own.hidden_size}, but has {other.num_hidden_layers} of {other.hidden_size}"
         )
     return teacher.eval().requires_grad_(False)
@@ -228,7 +229,8 @@ def _check(heal_arguments: HealArguments, text: TextArguments, training: Trainin
         )
     if heal_arguments.max_seconds and training.lr_scheduler_type not in ("linear", "cosine"):
         raise ValueError(
-            f"lr_scheduler_type is {training.lr_scheduler_type.value!r}; with max_seconds it must be 'linear' or 'cosine'"
+            f"lr_scheduler_type is {training.lr_scheduler_type.value!r}; with max_seconds it "
+            "must be 'linear' or 'cosine'"
         )
     if not text.corpora:
         raise ValueError("corpora is empty; give folders that `ic-train data text` made")
@@ -237,7 +239,8 @@ def _check(heal_arguments: HealArguments, text: TextArguments, training: Trainin
     for path, corpus in zip(text.corpora, corpora, strict=True):
         if corpus.record["vocab_size"] != vocabulary:
             raise ValueError(
-                f"corpus {path} was made with a tokenizer of {corpus.record['vocab_size']} tokens; the model's has "
+                f"corpus {path} was made with a tokenizer of {corpus.record['vocab_size']} "
+                "tokens; the model's has "
                 f"{vocabulary}"
             )
     sequences = max(training.max_steps, 0) * (

@@ -109,10 +109,7 @@ def choose_windows(
 def _read(paths: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
     texts, record = [], []
     for path in paths or ["jargon"]:
-        if paths:
-            text = _joined(path)
-        else:
-            text = load_haystack("jargon")
+        text = _joined(path) if paths else load_haystack("jargon")
         texts.append(text)
         digest = hashlib.sha256(text.encode()).hexdigest()
         record.append({"name": path.rstrip("/").split("/")[-1], "characters": len(text), "sha256": digest})

@@ -42,7 +42,8 @@ def add_convert(commands: Any) -> None:
     add(
         "--frequencies",
         choices=FREQUENCIES,
-        help="standard: angles that DeepSeek-V3 can express (default with --latent-norm); explicit: chosen freely, "
+        help="standard: angles that DeepSeek-V3 can express (default with --latent-norm); "
+        "explicit: chosen freely, "
         "loses less (default)",
     )
     add(
@@ -152,7 +153,8 @@ def _print_record(record: dict[str, Any]) -> None:
     for step, value in record["perplexity"].items():
         print(f"perplexity        {value:10.3f}  {value / base:7.3f} x  {STEP_NAMES[step]}")
     print(
-        f"took              {record['wall_s']:.0f} s, {record['peak_memory_bytes'] / GIB:.2f} GiB of memory at most"
+        f"took              {record['wall_s']:.0f} s, {record['peak_memory_bytes'] / GIB:.2f} "
+        "GiB of memory at most"
     )
 
 

@@ -33,10 +33,10 @@ def conversion_needs(
 ) -> ConversionNeeds:
     """Memory and disk that converting to `config` takes.
 
-    Memory is the larger of two peaks. While measuring: the embedding as stored and in float32, hidden states of all
-    calibration windows twice (before and after a layer) in float32, a layer's weights in float32 and its attention in
-    float64, two second moments in float64, and the activations of a batch. While converting: the same with the
-    states of `steps` evaluation sets, and the matrices of keys and values, `6 (2 G d)^2` in float64.
+    Memory is the larger of two peaks. While measuring: the embedding as stored and in float32, hidden states
+    of all calibration windows twice (before and after a layer) in float32, a layer's weights in float32 and its
+    attention in float64, two second moments in float64, and the activations of a batch. While converting: the
+    same with the states of `steps` evaluation sets, and the matrices of keys and values, `6 (2 G d)^2` in float64.
 
     Args:
         config: of the result; `ic_model.sizing` counts its parameters.

@@ -43,7 +43,8 @@ class ConversionOptions:
         kv_lora_rank: C.
         qk_rope_head_dim: R.
         q_lora_rank: rank of the queries, or None to leave them whole.
-        latent_norm: norm the latents, as DeepSeek-V3 does, with weights fitted to calibration text. Lossy; heal it.
+        latent_norm: norm the latents, as DeepSeek-V3 does, with weights fitted to calibration text. Lossy;
+        heal it.
         frequencies: "explicit" chooses the angles freely; "standard" keeps the source's or every n-th of them, as
             DeepSeek-V3 can express them.
     """
@@ -94,11 +95,13 @@ def check_options(options: ConversionOptions, source: Source) -> None:
     rope, rank = options.qk_rope_head_dim, options.kv_lora_rank
     if not (2 <= rope <= width and rope % 2 == 0):
         raise ValueError(
-            f"qk_rope_head_dim is {rope}; it must be even and from 2 to {width}, the numbers of all keys of a token"
+            f"qk_rope_head_dim is {rope}; it must be even and from 2 to {width}, the numbers of "
+            "all keys of a token"
         )
     if not 1 <= rank <= 2 * width - rope:
         raise ValueError(
-            f"kv_lora_rank is {rank}; with qk_rope_head_dim {rope} it must be from 1 to {2 * width - rope}: keys and "
+            f"kv_lora_rank is {rank}; with qk_rope_head_dim {rope} it must be from 1 to "
+            f"{2 * width - rope}: keys and "
             "values have no more dimensions"
         )
     queries = source.shape.heads * (dim + rope)

@@ -3,9 +3,9 @@
 RoPE turns the pair `(i, i + d / 2)` of every key head by one angle. As a complex number, the key is multiplied by
 `exp(1j * position * frequency[i])`, and a complex matrix that mixes the heads of one frequency commutes with that:
 heads are mixed until few components carry nearly all of the score. (TransMLA, arXiv 2502.07864, section 4.2, mixes
-real parts and imaginary parts by the same real matrix; a complex one contains that and concentrates more.) Within a
-fold, neighbouring frequencies count as equal. What is not kept under RoPE gets the mean of its rotation over the
-distances that occur, which is the constant nearest to it.
+real parts and imaginary parts by the same real matrix; a complex one contains that and concentrates more.)
+Within a fold, neighbouring frequencies count as equal. What is not kept under RoPE gets the mean of its
+rotation over the distances that occur, which is the constant nearest to it.
 
 Letters: D hidden_size, N query heads, G key-value heads, d head dimension, F = d / 2 frequencies, R rotary
 dimensions that are kept, m components of a fold (its frequencies times G).
@@ -83,7 +83,7 @@ class RotaryStatistics:
         flat = keys.flatten(0, 1)
         seen = torch.complex(flat.real @ second, flat.imag @ second)
         self.keys = (seen @ flat.mH).view(*keys.shape[:2], *keys.shape[:2])
-        # [G, F, N / G, D + 1]
+        # by key head and frequency
         queries = attention.complex_queries().transpose(1, 2)
         met = torch.complex(queries.real @ second, queries.imag @ second)
         self.queries = torch.einsum("gfhx,gehx->gfe", met, queries.conj())

@@ -109,7 +109,8 @@ def warn_about(source: Source, options: ConversionOptions) -> list[str]:
         )
     if source.context_tokens < source.config.max_position_embeddings:
         said.append(
-            f"the source attends to a window of {source.context_tokens} tokens, the converted model to everything: "
+            f"the source attends to a window of {source.context_tokens} tokens, the converted "
+            "model to everything: "
             f"its context is limited to that window"
         )
     for line in said:
@@ -158,7 +159,8 @@ def _check_disk(needs: ConversionNeeds, workspace: Workspace, *, shared: bool) -
     free = shutil.disk_usage(workspace.folder).free
     if free < wanted and not shared:
         raise ValueError(
-            f"{workspace.folder.parent} has {free / 1e9:.2f} GB free; the conversion needs {wanted / 1e9:.2f} GB there"
+            f"{workspace.folder.parent} has {free / 1e9:.2f} GB free; the conversion needs "
+            f"{wanted / 1e9:.2f} GB there"
         )
 
 

@@ -26,7 +26,8 @@ from ic_train.convert.readers import (
 ACCEPTED = ("llama", "mistral", "qwen2")
 # model_type: why it cannot be converted
 REFUSED = {
-    "qwen3": "it norms queries and keys per head, between projection and RoPE: a key is then no linear function of "
+    "qwen3": "it norms queries and keys per head, between projection and RoPE: a key is then no "
+    "linear function of "
     "the token, and no latent that all heads share can hold it exactly"
 }
 SCALED_ROPE = ("linear", "llama3", "yarn")
@@ -264,7 +265,7 @@ def _check_tensors(reader: TensorReader, config: Any, shape: AttentionShape, loc
             f"{prefix}input_layernorm.weight": (width,),
             f"{prefix}post_attention_layernorm.weight": (width,),
         }
-    if not config.tie_word_embeddings and not location.suffix == ".gguf":
+    if not config.tie_word_embeddings and location.suffix != ".gguf":
         expected["lm_head.weight"] = optional["lm_head.weight"]
     missing = sorted(set(expected) - reader.names)
     unknown = sorted(

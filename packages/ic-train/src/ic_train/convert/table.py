@@ -35,7 +35,8 @@ def add_convert_table(commands: Any) -> None:
         "convert-table",
         help="convert one source to several sizes, heal them, and write a result",
         description=(
-            "Convert one source at several sizes of the latent row, measure perplexity on held-out text before and, "
+            "Convert one source at several sizes of the latent row, measure perplexity on "
+            "held-out text before and, "
             "with --heal-config, after healing, and write result.json. Continues where it was interrupted."
         ),
     )
@@ -272,5 +273,6 @@ def _line(row: Row) -> str:
     relative = row.get("perplexity_vs_source", 1.0)
     return (
         f"{size}  {row['stage']:<14} perplexity {row['perplexity']:9.3f}  {relative:7.3f} x  cache "
-        f"{row['kv_saved_vs_source']:6.1%} less than the source's, {row['kv_saved_vs_mha']:.1%} less than multi-head"
+        f"{row['kv_saved_vs_source']:6.1%} less than the source's, {row['kv_saved_vs_mha']:.1%} "
+        "less than multi-head"
     )

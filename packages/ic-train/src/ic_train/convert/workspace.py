@@ -87,7 +87,8 @@ class _disk:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | SafetensorError):
             raise ValueError(
-                f"{self.folder} cannot be written: {error}. Nothing half-written counts: make room and run the same "
+                f"{self.folder} cannot be written: {error}. Nothing half-written counts: make "
+                "room and run the same "
                 "command again, it continues"
             ) from None
 

@@ -19,7 +19,8 @@ def add_data(commands: Any) -> None:
         "text",
         help="tokenise and pack text files into a memory-mapped corpus",
         description=(
-            f"Tokenise text files ({', '.join(SUFFIXES)}; .gz, too) into one packed, memory-mapped corpus, and record "
+            f"Tokenise text files ({', '.join(SUFFIXES)}; .gz, too) into one packed, "
+            "memory-mapped corpus, and record "
             "where each came from and under which licence."
         ),
     )

@@ -18,9 +18,9 @@ from ic_train.data.text import TokenCorpus
 class PackedText(Dataset[dict[str, torch.Tensor]]):
     """Sequences `[T]` of corpora in a random order that depends on the seed only.
 
-    Every corpus is cut into consecutive sequences, from a place that changes with every pass over it, and all of them
-    come once before any comes again. A sequence holds parts of several documents, with end tokens between them, and
-    attention reaches across: nothing is padded and nothing is left out.
+    Every corpus is cut into consecutive sequences, from a place that changes with every pass over it, and all
+    of them come once before any comes again. A sequence holds parts of several documents, with end tokens between
+    them, and attention reaches across: nothing is padded and nothing is left out.
 
     Args:
         corpora: packed tokens.
@@ -49,12 +49,14 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         for corpus, count in zip(corpora, self._counts, strict=True):
             if count < 1:
                 raise ValueError(
-                    f"tokens_per_sequence is {tokens_per_sequence}; a corpus of {len(corpus.tokens)} tokens is too "
+                    f"tokens_per_sequence is {tokens_per_sequence}; a corpus of "
+                    f"{len(corpus.tokens)} tokens is too "
                     f"short: it needs at least {2 * tokens_per_sequence}"
                 )
         if weights and (len(weights) != len(corpora) or min(weights) <= 0):
             raise ValueError(
-                f"corpus_weights is {list(weights)}; it must have a number above 0 for each of {len(corpora)} corpora"
+                f"corpus_weights is {list(weights)}; it must have a number above 0 for each of "
+                f"{len(corpora)} corpora"
             )
         shares = np.asarray(weights or self._counts, dtype=np.float64)
         # ends of the corpora's shares of [0, 1)
@@ -82,8 +84,8 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
     def _choose(self, number: int) -> tuple[int, int]:
         """The corpus of a sequence, and how many of that corpus come before it.
 
-        The golden ratio's multiples fill [0, 1) evenly, so that after any number of sequences every corpus has had its
-        share; the count before is that number times the share, found exactly by counting in blocks.
+        The golden ratio's multiples fill [0, 1) evenly, so that after any number of sequences every corpus has
+        had its share; the count before is that number times the share, found exactly by counting in blocks.
         """
         block, within = divmod(number, _BLOCK)
         counts = self._block_counts()

@@ -75,8 +75,8 @@ def read_documents(path: Path, *, text_field: str = "text") -> Iterator[str]:
     """The documents of one file: a plain file is one, a row of jsonl or parquet is one.
 
     Raises:
-        ValueError: the file is damaged, is not UTF-8, or a row lacks the text field. The message names the file and
-            the line.
+        ValueError: the file is damaged, is not UTF-8, or a row lacks the text field. The message names the
+            file and the line.
     """
     kind = _kind(path)
     try:
@@ -114,8 +114,8 @@ def write_corpus(
         max_tokens: most tokens per source; what is left out is said in the record. 0: all.
 
     Raises:
-        ValueError: a source cannot be read, the tokenizer has no end token, there is no text, the target exists, or
-            the disk is full.
+        ValueError: a source cannot be read, the tokenizer has no end token, there is no text, the target
+            exists, or the disk is full.
     """
     folder = Path(target)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

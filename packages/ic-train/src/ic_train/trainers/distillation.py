@@ -118,8 +118,8 @@ class DistillationTrainer(Trainer):
         # one token of logits: the head is applied below, a chunk at a time
         outputs = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
         hidden = outputs.hidden_states
-        # the last recorded state is the normed one; a zero times the model's own logits keeps its head in the graph
-        # of wrappers that expect every parameter to be used in forward
+        # the last recorded state is the normed one; a zero times the model's own logits keeps its head in the
+        # graph of wrappers that expect every parameter to be used in forward
         loss = outputs.logits.sum() * 0.0
         taught = None
         if self.teacher is not None:
