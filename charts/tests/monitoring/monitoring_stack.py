@@ -1,8 +1,8 @@
 """One running stack: `vllm serve`, Prometheus and Alertmanager, which run the chart's own monitors and rules.
 
 All of it listens on the loopback interface, and ends with the tests even when those are killed. Kubernetes is not
-there: what the Prometheus operator would make of a PodMonitor is made here, and exporters other than vLLM are replaced
-by files of their documented exposition, see exposition/README.md.
+there: what the operator would make of a PodMonitor is made here, and files of a documented exposition stand
+for the exporters other than vLLM, see exposition/README.md.
 """
 
 from __future__ import annotations
