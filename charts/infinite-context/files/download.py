@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 60
@@ -58,16 +59,28 @@ def _receive(url: str, part: Path, token: str | None) -> None:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            announced = answer.headers.get("Content-Length")
             # 200 to a Range means that the server starts from the beginning
-            with part.open("ab" if answer.status == 206 else "wb") as file:
-                while block := answer.read(BLOCK_BYTES):
-                    file.write(block)
+            got = _copy(answer, part, "ab" if answer.status == 206 else "wb")
     except urllib.error.HTTPError as error:
         # 416: nothing is left to send; the sum decides whether that is the whole file
         if not (error.code == 416 and have):
             raise DownloadError(f"{url} answered {error.code} {error.reason}") from None
     except OSError as error:
         raise DownloadError(f"{url}: {error}") from None
+    else:
+        # a connection that breaks looks like an end; what came stays, for the next try
+        if announced is not None and got < int(announced):
+            raise DownloadError(f"{url} broke off after {got} of {announced} bytes")
+
+
+def _copy(answer: IO[bytes], part: Path, mode: str) -> int:
+    got = 0
+    with part.open(mode) as file:
+        while block := answer.read(BLOCK_BYTES):
+            file.write(block)
+            got += len(block)
+    return got
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,13 +2,13 @@
 
     python3 run_batch.py --folder /data --chunk-requests 1000 -- vllm run-batch --model MODEL
 
-Below the folder: `in/*.jsonl` are requests in OpenAI's batch format; `out/` has one file of answers and `dead/` one of
-requests that cannot be answered for each of them; `work/` is ours. A request is finished once it stands in out/ or
-dead/, and is never run again. What a kill can cost is the chunk that was running.
+Below the folder: `in/*.jsonl` are requests in OpenAI's batch format; for each of these files, `out/` has one of
+answers and `dead/` one of requests that cannot be answered; `work/` is ours. A request is finished once it stands
+in out/ or dead/, and is never run again. What a kill can cost is the chunk that was running.
 
-A request that takes the engine down is found by halving: after a crash, what was in the chunk runs in chunks of half
-the size, until the guilty one stands alone; alone it gets its tries and is then dead. Before anything is blamed on a
-request, an empty batch shows that the engine starts at all. Standard library only.
+A request that takes the engine down is found by halving: after a crash, what was in the chunk runs in chunks of
+half the size, until the guilty one stands alone; alone it gets its tries and is then dead. Before anything is
+blamed on a request, an empty batch shows that the engine starts at all. Standard library only.
 """
 
 from __future__ import annotations
@@ -136,10 +136,8 @@ def parse(text: str) -> tuple[dict[str, Any], str]:
         return {}, f"a JSON {type(request).__name__}; wanted an object"
     for key, kind in (("custom_id", str), ("method", str), ("url", str), ("body", dict)):
         if not isinstance(request.get(key), kind):
-            return (
-                {},
-                f"{key} is {json.dumps(request.get(key))[:80]}; wanted {'an object' if kind is dict else 'a string'}",
-            )
+            wanted = "an object" if kind is dict else "a string"
+            return {}, f"{key} is {json.dumps(request.get(key))[:80]}; wanted {wanted}"
     if request["method"] != "POST":
         return {}, f"method is {request['method']!r}; accepted: POST"
     return request, ""

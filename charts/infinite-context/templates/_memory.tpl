@@ -74,7 +74,7 @@
 {{- $need := add $weights (mul $kv $tokens) $workspace -}}
 {{- if gt $need $budget -}}
 {{- /* the longest that fits: the workspace grows with the context between two bounds */ -}}
-{{- $left := sub $budget $weights (int64 $shape.workspaceFixedBytes) -}}
+{{- $left := sub $budget (add $weights (int64 $shape.workspaceFixedBytes)) -}}
 {{- $fits := div (sub $left (mul $rowBytes $high)) $kv -}}
 {{- if lt $fits (div $high $per) -}}
 {{- $fits = min (div $left (add $kv (mul $per $rowBytes))) (sub (div $high $per) 1) -}}
