@@ -43,6 +43,8 @@ def write_checkpoint(folder: Path, *, seed: int = 0, **fields: Any) -> Path:
             # all ones after initialisation: a norm that were left out would not be noticed
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
     build_byte_tokenizer().save_pretrained(folder)
     return folder

@@ -33,6 +33,19 @@ SHAPES = {
         "num_attention_heads": 3,
         "tie_word_embeddings": False,
     },
+    # what `ic-train convert` writes: ranks that are no power of two, no latent norm, angles of its own, biases
+    "converted, row 208, biases": {
+        "kv_lora_rank": 192,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "kv_latent_norm": False,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "explicit",
+            "inverse_frequencies": [1.0, 0.7, 0.7, 0.2, 0.05, 0.01, 0.001, 0.0],
+        },
+    },
 }
 DAMAGES = {
     "missing tensor": "lacks 1 tensors of InfiniteContextForCausalLM: model.layers.1.self_attn.kv_b_proj",

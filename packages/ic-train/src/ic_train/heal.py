@@ -265,6 +265,10 @@ def _save(trainer: DistillationTrainer, arguments: HealArguments, data: PackedTe
     for name in _CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    # by steps, not by what this process saw: it may have resumed
+    args = trainer.args
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens = trainer.state.global_step * sequences * data.tokens_per_sequence
     record = {
         "command": " ".join(["accelerate launch -m ic_train.heal", *sys.argv[1:]]),
         "model": source.name,
@@ -274,7 +278,7 @@ def _save(trainer: DistillationTrainer, arguments: HealArguments, data: PackedTe
         "hidden_weight": arguments.hidden_weight,
         "temperature": arguments.temperature,
         "tokens_per_sequence": data.tokens_per_sequence,
-        "tokens": trainer.seen_tokens,
+        "tokens": tokens,
         "corpora": data.records,
         "seed": trainer.args.seed,
         "optimizer": {
@@ -297,7 +301,7 @@ def _save(trainer: DistillationTrainer, arguments: HealArguments, data: PackedTe
         "log": trainer.state.log_history,
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
-    logger.warning("saved %s after %.0f s and %d tokens", folder, wall_s, trainer.seen_tokens)
+    logger.warning("saved %s after %.0f s and %d tokens", folder, wall_s, tokens)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def _rows(source: Source, record: Row) -> list[Row]:
             "perplexity": record["perplexity"][step],
             "perplexity_vs_source": record["perplexity"][step] / record["perplexity"]["source"],
             "plan": record["plan"]["name"],
+            # a conversion that was there already may be older than this result
+            "converted_at_commit": record["commit"],
             "wall_s": record["wall_s"],
             "peak_memory_bytes": record["peak_memory_bytes"],
         }
