@@ -124,19 +124,18 @@ def run_helm(*arguments: str, package: Package = HELM4) -> str:
 
 def helm_arguments(values_files: Iterable[Path | str], set: Iterable[str] | Mapping[str, Any]) -> list[str]:
     """Values files (a bare name is one of the chart's ci folder) and --set as arguments."""
-    pairs = [f"{key}={_scalar(value)}" for key, value in set.items()] if isinstance(set, Mapping) else set
     arguments = []
     for file in values_files:
         path = Path(file) if Path(file).suffix else CHART / "ci" / f"{file}-values.yaml"
         arguments += ["--values", str(path)]
-    for pair in pairs:
-        arguments += ["--set", pair]
+    if isinstance(set, Mapping):
+        # JSON keeps the types: to --set, 0.9 is a string
+        for key, value in set.items():
+            arguments += ["--set-json", f"{key}={json.dumps(value)}"]
+    else:
+        for pair in set:
+            arguments += ["--set", pair]
     return arguments
-
-
-def _scalar(value: Any) -> str:
-    """As --set reads it: true, false and null, not Python's spelling."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def render(

@@ -1,0 +1,186 @@
+"""The image, and the chart's Deployment and test in it, run for real by podman.
+
+podman is no Kubernetes. Its `kube play` runs no probes here, no preStop, no NetworkPolicy and no Service: the
+tests ask what the rendered probes ask, stop without the preStop sleep (which is harder), and name the pod's address.
+"""
+
+import json
+import subprocess
+import sys
+import time
+
+import image_base
+import pytest
+from chart_tools import ROOT, one, render
+from podman_tools import Podman, answer_of, install_missing
+
+BASE = "localhost/ic-test-base:1"
+
+
+@pytest.fixture(scope="module")
+def podman(tmp_path_factory):
+    install_missing()
+    with Podman(tmp_path_factory.mktemp("podman")) as podman:
+        yield podman
+
+
+@pytest.fixture(scope="module")
+def deployment():
+    return one(render(["cpu"]), "Deployment")
+
+
+@pytest.fixture(scope="module")
+def image(podman, deployment, tmp_path_factory):
+    """The name of the image, built from its Dockerfile on a base without a registry."""
+    changes = [argument for variable in image_base.ENVIRONMENT for argument in ("-c", f"ENV {variable}")]
+    importing = subprocess.Popen(
+        podman.command("import", *changes, "-", BASE),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=podman.environment,
+    )
+    image_base.write_base(importing.stdin)
+    importing.stdin.close()
+    assert importing.wait(300) == 0
+    wheels = tmp_path_factory.mktemp("dist")
+    packages = [str(ROOT / "packages" / name) for name in ("ic-model", "ic-vllm-plugin")]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(wheels),
+    ]
+    subprocess.run([*pip, *packages], check=True, timeout=120, capture_output=True)
+    name = deployment["spec"]["template"]["spec"]["containers"][0]["image"]
+    dockerfile = str(ROOT / "images" / "vllm-cpu" / "Dockerfile")
+    # the namespace has no way out: what the build needs beside the wheels has to be in the base
+    podman.run(
+        "build",
+        "--isolation",
+        "oci",
+        "--network",
+        "host",
+        "-f",
+        dockerfile,
+        "--build-arg",
+        f"BASE={BASE}",
+        "-t",
+        name,
+        str(wheels),
+    )
+    return name
+
+
+@pytest.fixture(scope="module")
+def server(podman, image, deployment):
+    """The Deployment's pod, once it is healthy; as long as the startup probe would wait."""
+    del image
+    pod = podman.play(deployment)
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    probe = container["startupProbe"]
+    assert probe["httpGet"] == {"path": "/health", "port": "http"}
+    (port,) = [port["containerPort"] for port in container["ports"] if port["name"] == "http"]
+    limit = min(probe["periodSeconds"] * probe["failureThreshold"], 300)
+    podman.wait_for(f"http://{pod.address}:{port}/health", seconds=limit, container=pod.container)
+    return pod
+
+
+def test_the_image_is_not_root_adds_little_and_keeps_no_wheels(podman, image):
+    about = podman.inspect(image)
+    assert about["Config"]["User"] == "10001:10001"
+    base = podman.inspect(BASE)
+    assert about["Size"] - base["Size"] < 40_000_000
+    assert len(about["RootFS"]["Layers"]) - len(base["RootFS"]["Layers"]) <= 7
+    script = "import glob, ic_model, ic_vllm_plugin; print(ic_model.__file__, glob.glob('/wheels/*'))"
+    output = podman.run("run", "--rm", "--network", "none", "--entrypoint", "python3", image, "-c", script)
+    assert output.strip().endswith("site-packages/ic_model/__init__.py []")
+
+
+def test_what_the_image_has_of_the_project_does_not_come_from_the_base(podman, image):
+    del image
+    script = "import importlib.util as u; print([u.find_spec(name) for name in ('ic_model', 'ic_vllm_plugin', 'ic_train')])"
+    assert (
+        podman.run("run", "--rm", "--network", "none", BASE, "python3", "-c", script).strip()
+        == "[None, None, None]"
+    )
+
+
+def test_the_server_runs_without_privileges_on_a_read_only_root(podman, server):
+    status = podman.run("exec", server.container, "cat", "/proc/1/status")
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["Uid"].split() == ["10001"] * 4
+    assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
+    assert fields["NoNewPrivs"] == "1" and fields["Seccomp"] == "2"
+    for path, writable in (
+        ("/etc/x", False),
+        ("/usr/local/lib/x", False),
+        ("/tmp/x", True),
+        ("/dev/shm/x", True),
+    ):
+        done = subprocess.run(
+            podman.command("exec", server.container, "touch", path),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env=podman.environment,
+        )
+        assert (done.returncode == 0) is writable, (path, done.stderr)
+        assert writable or "Read-only file system" in done.stderr
+
+
+def test_helm_tests_own_pod_finds_the_keys(podman, server):
+    objects = render(["cpu"])
+    pod = one(objects, "Pod")
+    # what a Service would do
+    pod["spec"]["hostAliases"] = [{"ip": server.address, "hostnames": ["ic-infinite-context"]}]
+    test = podman.play(one(objects, "ConfigMap", "ic-infinite-context-test"), pod)
+    status = podman.run("wait", test.container).strip()
+    output = podman.run("logs", test.container)
+    assert status == "0", output
+    assert "3 of 3 right" in output
+    podman.run("pod", "rm", "--force", test.name)
+
+
+def test_what_needs_no_key_answers_and_the_metrics_carry_the_served_name(podman, server):
+    status, metrics = podman.request(f"http://{server.address}:8000/metrics")
+    assert status == 200
+    assert b'vllm:num_requests_waiting{engine="0",model_name="infinite-context"}' in metrics
+
+
+def test_stopping_the_pod_loses_no_running_request(podman, server, deployment):
+    """The last test of the server: it is gone afterwards."""
+    tokens = 300
+    body = {
+        "model": "infinite-context",
+        "prompt": "The tide was low. " * 20,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+    }
+    url = f"http://{server.address}:8000"
+    running = podman.start_request(f"{url}/v1/completions", body, timeout=120)
+    deadline = time.monotonic() + 30
+    while (
+        b'vllm:num_requests_running{engine="0",model_name="infinite-context"} 1.0'
+        not in podman.request(f"{url}/metrics")[1]
+    ):
+        assert time.monotonic() < deadline and running.poll() is None, (
+            "the request ended before the stop: make it longer"
+        )
+    grace = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    start = time.monotonic()
+    podman.run("stop", "--time", str(grace), server.container)
+    seconds = time.monotonic() - start
+    output, _ = running.communicate(timeout=60)
+    status, answer = answer_of(output)
+    assert status == 200, answer
+    assert json.loads(answer)["usage"]["completion_tokens"] == tokens
+    assert seconds < grace - 10, f"ended after {seconds:.0f} s"
+    assert podman.inspect(server.container)["State"]["ExitCode"] in (0, 143), podman.run(
+        "logs", server.container
+    )
