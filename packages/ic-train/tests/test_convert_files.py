@@ -273,7 +273,7 @@ def test_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
     source = open_source(source_folder(tmp_path / "source"))
     (tmp_path / "short.txt").write_text("short " * 100)
     with pytest.raises(
-        ValueError, match="the calibration text is too short: it has 540 tokens .* need 32768"
+        ValueError, match=r"the calibration text is too short: it has 540 tokens .* need 32768"
     ):
         choose_windows(source.tokenizer, [str(tmp_path / "short.txt")], [], WindowSizes())
     with pytest.raises(ValueError, match="evaluation_tokens is 1; it must be at least 2"):

