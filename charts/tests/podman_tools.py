@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,15 @@ sys.stdout.buffer.write(text)
 """
 
 
-def install_missing() -> None:
-    """What Debian has of it and this machine has not."""
+def install_packages(programs: Mapping[str, str]) -> None:
+    """Install Debian's packages of the programs that this machine lacks; no service is started."""
     missing = [
         package
-        for program, package in PROGRAMS.items()
+        for program, package in programs.items()
         if not (shutil.which(program) or Path(program).is_file())
     ]
     if missing:
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
         for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *missing]):
             subprocess.run(["apt-get", *command], check=True, timeout=300, env=environment)
 

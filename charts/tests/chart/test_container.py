@@ -1,7 +1,8 @@
 """The image, and the chart's Deployment and test in it, run for real by podman.
 
 podman is no Kubernetes. Its `kube play` runs no probes here, no preStop, no NetworkPolicy and no Service: the
-tests ask what the rendered probes ask, stop without the preStop sleep (which is harder), and name the pod's address.
+tests ask what the rendered probes ask, stop without the preStop sleep (which is harder), and name the pod's
+address.
 """
 
 import json
@@ -12,14 +13,14 @@ import time
 import image_base
 import pytest
 from chart_tools import ROOT, one, render
-from podman_tools import Podman, answer_of, install_missing
+from podman_tools import PROGRAMS, Podman, answer_of, install_packages
 
 BASE = "localhost/ic-test-base:1"
 
 
 @pytest.fixture(scope="module")
 def podman(tmp_path_factory):
-    install_missing()
+    install_packages(PROGRAMS)
     with Podman(tmp_path_factory.mktemp("podman")) as podman:
         yield podman
 
@@ -103,7 +104,8 @@ def test_the_image_is_not_root_adds_little_and_keeps_no_wheels(podman, image):
 
 def test_what_the_image_has_of_the_project_does_not_come_from_the_base(podman, image):
     del image
-    script = "import importlib.util as u; print([u.find_spec(name) for name in ('ic_model', 'ic_vllm_plugin', 'ic_train')])"
+    names = ["ic_model", "ic_vllm_plugin", "ic_train"]
+    script = f"import importlib.util as u; print([u.find_spec(name) for name in {names}])"
     assert (
         podman.run("run", "--rm", "--network", "none", BASE, "python3", "-c", script).strip()
         == "[None, None, None]"
@@ -155,7 +157,7 @@ def test_what_needs_no_key_answers_and_the_metrics_carry_the_served_name(podman,
 
 def test_stopping_the_pod_loses_no_running_request(podman, server, deployment):
     """The last test of the server: it is gone afterwards."""
-    tokens = 300
+    tokens = 2000
     body = {
         "model": "infinite-context",
         "prompt": "The tide was low. " * 20,
