@@ -248,3 +248,14 @@ def test_wrong_values_are_refused_with_a_sentence(values, message):
     with pytest.raises(HelmError) as refusal:
         render(set=base | values)
     assert re.search(message, str(refusal.value), re.DOTALL), str(refusal.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_notes_name_objects_that_are_there(name):
+    file = str(CHART / "ci" / f"{name}-values.yaml")
+    output = chart_tools.run_helm("install", "ic", str(CHART), "--dry-run=client", "-n", "ns", "-f", file)
+    notes = output.split("NOTES:")[1]
+    rendered = {f"{item['kind'].lower()}/{item['metadata']['name']}" for item in render([name])}
+    named = set(re.findall(r"(?:deployment|service|cronjob|job)/[a-z0-9-]+", notes))
+    assert named and named <= rendered, (named, rendered)
+    assert "<no value>" not in notes and "%!" not in notes
