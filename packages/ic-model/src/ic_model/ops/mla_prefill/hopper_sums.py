@@ -2,7 +2,8 @@
 
 Blocks are of 64 queries of one sequence and one head, numbered as `blocks.locate` does. Of each the row sums are
 two rows, [minus lse / scale, minus delta], and dQ is three pieces of `[64, 64]` in float32. A piece is laid out as
-the tensor cores hold it: rows are (4 warps, 2 halves, 8 groups), columns (8 groups, 4 lanes, 2 numbers), and memory  # noqa: E501
+the tensor cores hold it: rows are (4 warps, 2 halves, 8 groups), columns (8 groups, 4 lanes, 2 numbers),
+and memory
 has (warp, column group, row group, lane, half, number).
 """
 
@@ -40,7 +41,8 @@ def prepare_kernel(
         d_out = load_tile(d_out_base, first, length, d_out_stride_t, BLOCK, 0, V_DIM, V_DIM, True)
         delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
         rows = tl.arange(0, BLOCK)
-        lse_base = lse_ptr + tl.cast(batch, tl.int64) * lse_stride_b + tl.cast(head, tl.int64) * lse_stride_n + start  # noqa: E501
+        lse_base = lse_ptr + tl.cast(batch, tl.int64) * lse_stride_b
+        lse_base += tl.cast(head, tl.int64) * lse_stride_n + start
         lse = tl.load(lse_base + first + rows, mask=first + rows < length, other=float("-inf"))
         # what saw nothing, and what does not exist, weighs nothing
         bias = tl.where(lse == float("-inf"), float("-inf"), -lse / softmax_scale)
