@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import chart_tools
 import pytest
-
-# pytest's importlib mode adds no folder to the path by itself
-for folder in (Path(__file__).parent, Path(__file__).parents[1] / "tools"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-import chart_tools  # noqa: E402  (found through the line above)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 from panels import add, dashboard, graph, number, rows_of, variable
 
@@ -18,7 +20,12 @@ def build() -> Dashboard:
             "batch", "Job", 'label_values(kube_job_info{namespace="$namespace"}, job_name)', several=True
         ),
     ]
-    panels = [
+    return add(board, variables=variables, panels=[*_now(), *_over_time()])
+
+
+def _now() -> list[Any]:
+    """Numbers of this moment."""
+    return [
         number("Running", "Jobs.", "short", f"sum(kube_job_status_active{{{JOBS}}})"),
         number(
             "Failed",
@@ -46,6 +53,12 @@ def build() -> Dashboard:
             "s",
             f"time() - min(kube_job_status_start_time{{{JOBS}}} and kube_job_status_active{{{JOBS}}} > 0)",
         ),
+    ]
+
+
+def _over_time() -> list[Any]:
+    """What the engines did, what became of the pods, what the volumes hold."""
+    return [
         graph(
             "Tokens per second",
             "Read and written. Needs monitoring.scrape.batch.",
@@ -95,4 +108,3 @@ def build() -> Dashboard:
             ('time() - kube_cronjob_status_last_successful_time{namespace="$namespace"}', "A"),
         ),
     ]
-    return add(board, variables=variables, panels=panels)

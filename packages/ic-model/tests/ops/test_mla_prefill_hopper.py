@@ -15,7 +15,8 @@ import torch
 from gluon_emulation import GL, Emulated, Shared, Tensor, tensor
 
 from ic_model.ops.launch import overriding
-from ic_model.ops.mla_prefill import hopper, hopper_backward, launch, reference
+from ic_model.ops.mla_prefill import hopper, hopper_backward, hopper_launch, launch, reference
+from ic_model.ops.mla_prefill.problem import Problem
 from ic_model.testing import assert_close
 
 KEYS, QUERIES, SLOTS = 16, 32, 2
@@ -255,9 +256,9 @@ def test_backward_of_a_dense_batch(emulated, queries):
         for tokens, dim in ((queries, 192), (137, 192), (137, 128), (queries, 128))
     ]
     options = {"softmax_scale": 192**-0.5, "causal": True}
-    problem = launch.Problem(cu_q=None, cu_k=None, gluon=True, **options)
-    out, lse = launch.forward_gluon(*parts[:3], problem)
-    found = launch.backward_gluon(parts[3], *parts[:3], out, lse, problem)
+    problem = Problem(cu_q=None, cu_k=None, gluon=True, **options)
+    out, lse = hopper_launch.forward_gluon(*parts[:3], problem)
+    found = hopper_launch.backward_gluon(parts[3], *parts[:3], out, lse, problem)
     leaves = [part.float().requires_grad_() for part in parts[:3]]
     expected = torch.autograd.grad(reference.mla_prefill_dense(*leaves, **options), leaves, parts[3].float())
     for name, actual, wanted in zip(("dq", "dk", "dv"), found, expected, strict=True):

@@ -237,6 +237,6 @@ def _gluon_refuses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) 
     reason = kernel_refuses(q, k, v)
     if reason is not None:
         return reason
-    from ic_model.ops.mla_prefill.launch import gluon_refuses
+    from ic_model.ops.mla_prefill.hopper_launch import gluon_refuses
 
     return gluon_refuses(q, k, v)

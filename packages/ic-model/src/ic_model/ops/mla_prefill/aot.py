@@ -13,10 +13,11 @@ from ic_model.ops.mla_prefill.hopper import UNSPECIALIZED as HOPPER_UNSPECIALIZE
 from ic_model.ops.mla_prefill.hopper import forward_hopper_kernel
 from ic_model.ops.mla_prefill.hopper_backward import UNSPECIALIZED as HOPPER_BACKWARD_UNSPECIALIZED
 from ic_model.ops.mla_prefill.hopper_backward import backward_hopper_kernel
+from ic_model.ops.mla_prefill.hopper_launch import GLUON_DIMS, GLUON_PIECES, GLUON_SIDE
 from ic_model.ops.mla_prefill.hopper_sums import UNSPECIALIZED as SUMS_UNSPECIALIZED
 from ic_model.ops.mla_prefill.hopper_sums import finish_kernel, prepare_kernel
 from ic_model.ops.mla_prefill.kernel import forward_kernel
-from ic_model.ops.mla_prefill.launch import GLUON_DIMS, GLUON_PIECES, GLUON_SIDE, precision, widths
+from ic_model.ops.mla_prefill.problem import precision, widths
 
 # query or key, value: ic-1b and DeepSeek-V3, then other models' shapes
 DIMS = ((192, 128), (128, 128), (64, 64))
