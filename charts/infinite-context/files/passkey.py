@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: another text every time")
     options = parser.parse_args(arguments)
     chance = random.Random(options.seed)
-    keys = {
+    keys: dict[str, str] = {
         "".join(chance.choices(string.ascii_uppercase, k=6)): "".join(chance.choices(string.digits, k=5))
         for _ in range(options.keys)
     }

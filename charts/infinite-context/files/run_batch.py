@@ -297,7 +297,7 @@ class Runner:
         result = batch.work / "result.jsonl"
         answers, failures = [], {}
         for entry in complete_entries(result):
-            request = wanted.pop(entry.get("custom_id"), None)
+            request = wanted.pop(str(entry.get("custom_id")), None)
             if request is None:
                 continue
             if succeeded(entry):
