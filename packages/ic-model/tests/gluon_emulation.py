@@ -129,15 +129,25 @@ class Emulated:
     """Stands in for a Gluon kernel: launched like it, with tensors on the CPU."""
 
     def __init__(self, kernel: Any, replaced: dict[str, Callable]):
-        self.namespace: dict[str, Any] = {"gl": GL}
-        for name, value in kernel.fn.__globals__.items():
-            if name in self.namespace or name.startswith("__"):
+        self.spaces: dict[int, dict[str, Any]] = {}
+        self.kernel = types.FunctionType(kernel.fn.__code__, self._space(kernel.fn.__globals__, replaced))
+
+    def _space(self, names: dict[str, Any], replaced: dict[str, Callable]) -> dict[str, Any]:
+        """What a module's functions find instead of its names; those of other modules find theirs."""
+        if id(names) in self.spaces:
+            return self.spaces[id(names)]
+        space = self.spaces[id(names)] = {"gl": GL}
+        for name, value in names.items():
+            if name in space or name.startswith("__"):
                 continue
             function = getattr(value, "fn", None)
-            if isinstance(function, types.FunctionType):
-                value = types.FunctionType(function.__code__, self.namespace, name, function.__defaults__)
-            self.namespace[name] = replaced.get(name, getattr(value, "value", value))
-        self.kernel = types.FunctionType(kernel.fn.__code__, self.namespace)
+            if name in replaced:
+                value = replaced[name]
+            elif isinstance(function, types.FunctionType):
+                own = self._space(function.__globals__, replaced)
+                value = types.FunctionType(function.__code__, own, name, function.__defaults__)
+            space[name] = getattr(value, "value", value)
+        return space
 
     def __getitem__(self, grid):
         def launch(*args, num_warps, **constants):

@@ -204,6 +204,12 @@ class ICAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention output `[B, T, N, V]` and weights, over keys and values rebuilt for every head."""
         config = self.config
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            config._attn_implementation, eager_attention
+        )
+        if getattr(attend, "takes_latent_rows", False):
+            # ring attention sends rows from GPU to GPU, which are a fraction of what they expand to
+            return attend(self, q_nope, q_rope, latent, k_rope, scaling=self.scaling, **kwargs), None
         key_value = self.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
         k_nope, value = key_value.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
         shared = k_rope[:, :, None].expand(-1, -1, config.num_attention_heads, -1)
@@ -215,9 +221,6 @@ class ICAttention(nn.Module):
         padded = value.device.type == "cpu" and config._attn_implementation == "sdpa" and missing_width > 0
         if padded:
             value = F.pad(value, (0, missing_width))
-        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            config._attn_implementation, eager_attention
-        )
         output, weights = attend(
             self,
             query,

@@ -71,8 +71,8 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
 def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
     parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
-    signature = _signature(decode_hopper_kernel, {"q_ptr": element, "out_ptr": element})
-    blocks = descriptor_blocks(kv_lora_rank, kv_bytes)
+    signature = _signature(decode_hopper_kernel, {"kv_ptr": kv, "q_ptr": element, "out_ptr": element})
+    blocks = descriptor_blocks(kv_lora_rank, kv_bytes, parameters["block_rows"])
     for name, (block, swizzle) in zip(("latent_desc", "rope_desc"), blocks, strict=True):
         layout = NVMMASharedLayout(swizzle, 8 * kv_bytes, 2)
         signature[name] = f"tensordesc<{kv}{block},{layout!r}>"

@@ -21,9 +21,27 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _program_of(tile, programs, tiles):
-    """The program whose share of the list holds a tile: shares begin at g * tiles // programs."""
-    return ((tile + 1) * programs - 1) // tiles
+def tiles_per_program(tiles, longest, programs):
+    """A program's share of the list: program g has the tiles from g times this on.
+
+    The least that is enough, or up to a sixteenth more where that cuts the longest sequence, and with it all as long
+    as it, in equal pieces or gives each program whole ones: reading is what takes the time, so that a few idle
+    programs cost nothing, but each piece more is written out, read again and combined.
+
+    Args:
+        tiles: in the list.
+        longest: tiles of the longest sequence.
+        programs: along the list.
+    """
+    # operators only: the kernels in Gluon call it, too
+    least = (tiles + programs - 1) // programs
+    least = least + (least == 0)
+    longest = longest + (longest == 0)
+    sequences = (least + longest - 1) // longest
+    pieces = longest // least
+    pieces = pieces + (pieces == 0)
+    even = (longest * sequences + pieces - 1) // pieces
+    return least + (even - least) * (even * 16 <= least * 17)
 
 
 @triton.jit
@@ -137,10 +155,9 @@ def decode_kernel(
     seq_tiles = (lens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     ends = tl.cumsum(seq_tiles, 0)
     tiles = tl.sum(seq_tiles, 0)
-    # no program in the middle of the list may be without work: the second kernel reads what each has left
-    busy = tl.minimum(programs, tl.maximum(tiles, 1))
-    tile = (program.to(tl.int64) * tiles // busy).to(tl.int32)
-    share_end = tl.minimum(((program + 1).to(tl.int64) * tiles // busy).to(tl.int32), tiles)
+    share = tiles_per_program(tiles, tl.max(seq_tiles, 0), programs)
+    tile = tl.minimum(program * share, tiles)
+    share_end = tl.minimum(tile + share, tiles)
 
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     query_token = rows // num_heads
@@ -237,21 +254,21 @@ def combine_kernel(
     Grid: (blocks of columns, blocks of rows, sequences). Also writes what belongs to an empty sequence: zeros and
     -inf. A partial result is `[PARTIAL_COLUMNS, BLOCK_ROWS]`, so that a program's part of it is contiguous.
     """
+    row_block = tl.program_id(1)
+    seq = tl.program_id(2)
+    seqs = tl.arange(0, BLOCK_SEQS)
+    # before the wait: the kernel that is waited for does not write lengths, and has itself waited for what does
+    lens = tl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0)
+    seq_tiles = (lens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
+    share = tiles_per_program(tl.sum(seq_tiles, 0), tl.max(seq_tiles, 0), programs)
+    seq_start = tl.sum(tl.where(seqs < seq, seq_tiles, 0), 0)
+    own_tiles = tl.sum(tl.where(seqs == seq, seq_tiles, 0), 0)
+    first = seq_start // share
+    last = (seq_start + tl.maximum(own_tiles, 1) - 1) // share
     if PDL:
         # every program waits, so that the end of this kernel is also the end of the one before it
         gdc_wait()
         gdc_launch_dependents()
-    row_block = tl.program_id(1)
-    seq = tl.program_id(2)
-    seqs = tl.arange(0, BLOCK_SEQS)
-    lens = tl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0)
-    seq_tiles = (lens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
-    tiles = tl.maximum(tl.sum(seq_tiles, 0), 1).to(tl.int64)
-    seq_start = tl.sum(tl.where(seqs < seq, seq_tiles, 0), 0)
-    own_tiles = tl.sum(tl.where(seqs == seq, seq_tiles, 0), 0)
-    busy = tl.minimum(programs, tiles)
-    first = _program_of(seq_start, busy, tiles).to(tl.int32)
-    last = _program_of(seq_start + tl.maximum(own_tiles, 1) - 1, busy, tiles).to(tl.int32)
     if (own_tiles == 0) | (first < last):
         # columns and rows in one dimension, as they lie in memory
         flat = tl.arange(0, BLOCK_COLUMNS * BLOCK_ROWS)

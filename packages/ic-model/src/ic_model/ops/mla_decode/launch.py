@@ -222,12 +222,16 @@ def mla_decode_hopper(
     split = _split(q, parameters["block_rows"], HOPPER_TILE_TOKENS)
     page_stride, token_stride, _ = kv_cache.stride()
     constants = hopper_constants(parameters, query_tokens, kv_lora_rank, kv_cache.shape[1])
+    if token_stride != row_dim:
+        # what is asked for ahead of time lies in one piece
+        constants["PREFETCH"] = 0
 
     def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if parameters["max_registers"]:
             options = {**options, "maxnreg": parameters["max_registers"]}
         decode_hopper_kernel[(split.programs, split.row_blocks)](
-            *_descriptors(kv_cache, kv_lora_rank),
+            *_descriptors(kv_cache, kv_lora_rank, split.block_rows),
+            kv_cache,
             q,
             block_table,
             seq_lens,
@@ -239,6 +243,7 @@ def mla_decode_hopper(
             split.rows,
             *q.stride()[:3],
             page_stride // token_stride,
+            token_stride * kv_cache.element_size(),
             block_table.stride(0),
             **constants,
             BLOCK_SEQS=split.block_seqs,
@@ -261,17 +266,26 @@ def hopper_constants(
         "BLOCK_ROWS": parameters["block_rows"],
         "SLOTS": parameters["slots"],
         "WIDE_SLOTS": parameters["wide_slots"],
+        "MESSAGES": parameters["messages"],
+        "PREFETCH": parameters["prefetch"],
+        "VALUE_REGISTERS": parameters["value_registers"],
     }
 
 
-def descriptor_blocks(kv_lora_rank: int, element_bytes: int) -> list[tuple[list[int], int]]:
+def descriptor_blocks(
+    kv_lora_rank: int, element_bytes: int, block_rows: int
+) -> list[tuple[list[int], int]]:
     """Block shape and swizzle, in bytes, of the descriptors for latent and rope columns."""
     # fp8 tiles come in halves
     tokens = HOPPER_TILE_TOKENS * element_bytes // 2
-    return [([tokens, columns], min(columns * element_bytes, 128)) for columns in (kv_lora_rank, ROPE_DIM)]
+    # with 64 rows the sums of 256 columns are what the registers of four warps hold
+    latent_columns = min(kv_lora_rank, 256) if block_rows >= 64 else kv_lora_rank
+    return [
+        ([tokens, columns], min(columns * element_bytes, 128)) for columns in (latent_columns, ROPE_DIM)
+    ]
 
 
-def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int) -> list[Any]:
+def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int, block_rows: int) -> list[Any]:
     """For the copy engine: all rows of all pages as one matrix, read in blocks."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -285,7 +299,7 @@ def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int) -> list[Any]:
         TensorDescriptor(
             matrix, [rows, row_dim], [token_stride, 1], block, NVMMASharedLayout(swizzle, bits, 2)
         )
-        for block, swizzle in descriptor_blocks(kv_lora_rank, kv_cache.element_size())
+        for block, swizzle in descriptor_blocks(kv_lora_rank, kv_cache.element_size(), block_rows)
     ]
 
 

@@ -24,6 +24,8 @@ from triton.experimental.gluon import language as gl
 # what Gluon offers for functions of one's own has no public name in Triton 3.6 to 3.9
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 
+from ic_model.ops.mla_decode.kernel import tiles_per_program
+
 LN_2 = gl.constexpr(0.6931471805599453)
 NEG_INF = gl.constexpr(float("-inf"))
 
@@ -113,11 +115,9 @@ def _work_list(lens_ptr, num_seqs, BLOCK_TOKENS: gl.constexpr, BLOCK_SEQS: gl.co
     seq_tiles = (lens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
     ends = gl.associative_scan(seq_tiles, 0, _add)
     tiles = gl.sum(seq_tiles, 0)
-    program = gl.program_id(0).to(gl.int64)
-    # no program in the middle of the list may be without work: the second kernel reads what each has left
-    programs = gl.minimum(gl.num_programs(0), gl.maximum(tiles, 1))
-    first = (program * tiles // programs).to(gl.int32)
-    end = gl.minimum(((program + 1) * tiles // programs).to(gl.int32), tiles)
+    share = tiles_per_program(tiles, gl.max(seq_tiles, 0), gl.num_programs(0))
+    first = gl.minimum(gl.program_id(0) * share, tiles)
+    end = gl.minimum(first + share, tiles)
     return seqs, lens, seq_tiles, ends, first, end
 
 
