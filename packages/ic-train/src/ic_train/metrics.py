@@ -1,8 +1,10 @@
-"""Throughput of a training run: tokens per second, FLOP per token, model FLOP utilisation."""
+"""Throughput of a training run: tokens per second, FLOP per token, model FLOP utilisation, and the GPU's."""
 
 from __future__ import annotations
 
+import threading
 import time
+from importlib import util
 from typing import Any
 
 import torch
@@ -33,6 +35,72 @@ def training_flop_per_token(config: ICConfig, tokens_per_sequence: int) -> float
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 peak of a GPU in TFLOP/s, or None where it is not known (then no MFU is reported)."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+def training_flop(config: ICConfig, tokens: int, attended_pairs: int) -> float:
+    """FLOP of forward and backward, counted as `training_flop_per_token` does, for documents of any lengths.
+
+    Args:
+        config: shapes.
+        tokens: trained on.
+        attended_pairs: of a query and a key that it sees, summed over documents: `t (t + 1) / 2` for one of
+        t tokens.
+    """
+    # one token sees itself: what the sizing gives for a context of one token, is the cost of a pair
+    per_pair = prefill_attention_flop_per_token(config, 1)
+    return 3.0 * (tokens * linear_flop_per_token(config) + attended_pairs * per_pair)
+
+
+class UtilisationSampler:
+    """Samples NVML's utilisation of this process's GPU in a thread: the share of time in which a kernel ran.
+
+    Says nothing about how much of the GPU the kernels used; that is what MFU is for.
+
+    Args:
+        interval_s: between two samples. NVML's own window is between 1/6 s and 1 s.
+    """
+
+    def __init__(self, interval_s: float = 0.25) -> None:
+        self.interval_s = interval_s
+        self.samples: list[float] = []
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a GPU and NVML's bindings."""
+        return torch.cuda.is_available() and util.find_spec("pynvml") is not None
+
+    def start(self) -> None:
+        """Begin; without NVML nothing is sampled."""
+        if self.possible and self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+
+    def take(self) -> float | None:
+        """Mean of the samples since the last call, 0 to 1; None where there are none."""
+        samples, self.samples = self.samples, []
+        return sum(samples) / len(samples) if samples else None
+
+    def stop(self) -> None:
+        """End."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            # by UUID: CUDA_VISIBLE_DEVICES renumbers for CUDA, not for NVML
+            uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            while not self._stop.wait(self.interval_s):
+                self.samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+        finally:
+            pynvml.nvmlShutdown()
 
 
 class ThroughputMeter(TrainerCallback):

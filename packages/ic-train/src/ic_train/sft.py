@@ -1,13 +1,17 @@
-"""Supervised training of pass-key retrieval over a curriculum of lengths.
+r"""Supervised training: of pass-key retrieval over a curriculum of lengths, or on long text.
 
     accelerate launch -m ic_train.sft --config packages/ic-train/recipes/ic-nano/sft.yaml
+    accelerate launch --config_file packages/ic-train/accelerate/one-node.yaml \
+      -m ic_train.sft --config packages/ic-train/recipes/ic-1b/extend-32k.yaml
 
-The recipe's keys are the fields of the three dataclasses below; TRL's parser reads it, so that any key can
-also be given as a flag, and a flag wins over the recipe.
+A recipe with `task: text` is of the second kind; see `ic_train.long_context`. The keys of the first kind are the
+fields of the three dataclasses below; TRL's parser reads both, so that any key can also be given as a flag, and a
+flag wins over the recipe.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
@@ -21,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from ic_model import ICConfig, ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_model.presets import preset
+from torch import distributed as dist
 from transformers import TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -73,12 +79,14 @@ class DataArguments:
     """What it is trained on.
 
     Args:
+        task: "passkey" for this kind of training, "text" for long text.
         stages: the curriculum, a list of mappings; see ic_train.data.curriculum.Stage.
         corpus_paths: text files or folders; default: the sources of the standard library and of the
             packages that a training environment has anyway.
         corpus_max_mb: how much of them is used, in million bytes.
     """
 
+    task: str = "passkey"
     stages: list[Any] = field(default_factory=list)
     corpus_paths: list[str] = field(default_factory=list)
     corpus_max_mb: int = 64
@@ -86,6 +94,14 @@ class DataArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train as the recipe says, and leave a checkpoint with its record in the output folder."""
+    task = asked_task(sys.argv[1:] if arguments is None else arguments)
+    if task == "text":
+        from ic_train.long_context.run import main as train_on_text
+
+        train_on_text(arguments)
+        return
+    if task != "passkey":
+        sys.exit(f"error: task is {task!r}; accepted: 'passkey', 'text'")
     kinds = (ModelArguments, DataArguments, OptimizerArguments, TrainingArguments)
     parsed = TrlParser(kinds).parse_args_and_config(arguments)  # type: ignore[arg-type]
     model_arguments, data_arguments, optimizer_arguments, training_arguments = parsed
@@ -107,6 +123,20 @@ def main(arguments: list[str] | None = None) -> None:
         muon=muon,
         final_score_factor=model_arguments.final_score_factor,
     )
+
+
+def asked_task(arguments: list[str]) -> str:
+    """What a recipe or a flag says of the task; "passkey" where neither says anything."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--task")
+    known, _ = parser.parse_known_args(arguments)
+    if known.task is not None:
+        return known.task
+    if known.config is None or not known.config.is_file():
+        return "passkey"
+    recipe = yaml.safe_load(known.config.read_text())
+    return str(recipe.get("task", "passkey")) if isinstance(recipe, dict) else "passkey"
 
 
 def train(
@@ -261,3 +291,5 @@ def _command() -> str:
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Continued training on long text: context extension, packing, mixtures by length."""

@@ -1,0 +1,110 @@
+"""Build the model that a recipe names: weights, extension, adapters, loss."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from ic_model import ICConfig, ICForCausalLM
+from ic_model.presets import preset, preset_names
+from torch import nn
+from transformers import AutoTokenizer
+
+from ic_train.long_context.arguments import LongContextModelArguments
+from ic_train.long_context.extension import check_extension, extend_context
+
+
+def load_config(arguments: LongContextModelArguments) -> ICConfig:
+    """The configuration before any extension."""
+    name = arguments.model
+    if name in preset_names() and not (Path(name) / "config.json").is_file():
+        return preset(name)
+    return ICConfig.from_pretrained(name)
+
+
+def build_model(arguments: LongContextModelArguments) -> ICForCausalLM:
+    """The model in float32, extended, without adapters and without a loss.
+
+    Random weights depend on the random state, so that all ranks have to have the same.
+
+    Raises:
+        ValueError: the extension does not fit the model.
+    """
+    config = load_config(arguments)
+    context = arguments.context_tokens or config.max_position_embeddings
+    extension: dict[str, Any] = {
+        "context_tokens": context,
+        "factor": arguments.yarn_factor,
+        "original_context_tokens": arguments.original_context_tokens,
+    }
+    # before gigabytes are read
+    check_extension(config, context, arguments.yarn_factor, arguments.original_context_tokens)
+    if Path(arguments.model).is_dir():
+        model = ICForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    else:
+        model = ICForCausalLM(config)
+    extend_context(model, model.config, **extension)
+    return model
+
+
+def add_adapters(model: ICForCausalLM, arguments: LongContextModelArguments) -> nn.Module:
+    """The model with LoRA adapters (PEFT), or as it is where none are asked for.
+
+    Raises:
+        ValueError: no projection of the model is among the target modules.
+    """
+    if not arguments.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    targets = [name for name in arguments.lora_target_modules if name in names]
+    if not targets:
+        raise ValueError(
+            f"lora_target_modules is {arguments.lora_target_modules}; the model has {sorted(names)}"
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=arguments.lora_rank,
+            lora_alpha=arguments.lora_alpha,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def save_model(
+    folder: str | Path, arguments: LongContextModelArguments, weights: dict[str, torch.Tensor]
+) -> None:
+    """Write a plain Hugging Face folder in bfloat16: weights with adapters merged, configuration, tokenizer.
+
+    Args:
+        folder: to write to.
+        arguments: that the model was built by.
+        weights: its whole state; with adapters, at least theirs.
+    """
+    model: Any = build_model(arguments)
+    if arguments.lora_rank:
+        model = add_adapters(model, arguments)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected, unexpected
+        assert not any("lora_" in name for name in missing), missing
+        model = model.merge_and_unload()
+    else:
+        model.load_state_dict(weights, strict=False)
+    model.config.use_cache = True
+    model.to(torch.bfloat16).save_pretrained(folder)
+    source = Path(arguments.model)
+    if (source / "tokenizer_config.json").is_file():
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def described(arguments: LongContextModelArguments) -> dict[str, Any]:
+    """The arguments as JSON has them, with an absolute path: a checkpoint is exported from anywhere."""
+    fields = asdict(arguments)
+    if Path(arguments.model).is_dir():
+        fields["model"] = str(Path(arguments.model).resolve())
+    return fields

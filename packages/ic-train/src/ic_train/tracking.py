@@ -1,0 +1,159 @@
+"""Experiment trackers behind `report_to`: Weights & Biases, MLflow, TensorBoard, or none.
+
+transformers' own callbacks talk to them. Here they get what a run has to be found again by, the same run on a
+resume, and a guard: a tracker that cannot be reached is logged, and training goes on. `metrics.jsonl` in the
+output folder has every line whatever the trackers do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import MLflowCallback, WandbCallback
+from transformers.trainer_callback import CallbackHandler
+
+METRICS_FILE, MLFLOW_RUN_FILE = "metrics.jsonl", "mlflow_run_id"
+# a tracker that failed is left alone for so long: each try may wait for a timeout
+PAUSE_S = 120.0
+# their own defaults retry for minutes, in which a GPU would idle
+_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "WANDB_INIT_TIMEOUT": "30",
+    # checks for packages and code, which has nothing to do with a training run
+    "WANDB_DISABLE_CODE": "true",
+}
+logger = logging.getLogger(__name__)
+
+
+class LocalMetrics(TrainerCallback):
+    """Appends every line of the log to `metrics.jsonl`."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append; a full disk is logged and training goes on."""
+        if not state.is_world_process_zero:
+            return
+        line = {"step": state.global_step, "unix_s": round(time.time(), 1), **(logs or {})}
+        try:
+            with (Path(args.output_dir) / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            logger.error("%s was not written: %s", METRICS_FILE, error)
+
+
+class GuardedTracker(TrainerCallback):
+    """A tracker's callback whose failures do not end the run.
+
+    Args:
+        tracker: the callback.
+        facts: what the run is to be found again by.
+        pause_s: how long a tracker that failed is left alone.
+    """
+
+    def __init__(self, tracker: TrainerCallback, facts: dict[str, Any], *, pause_s: float = PAUSE_S) -> None:
+        self.tracker = tracker
+        self.facts = facts
+        self.pause_s = pause_s
+        self.failures = 0
+        self._again_at = 0.0
+        self._described = False
+
+    @property
+    def name(self) -> str:
+        """The tracker's name, for messages."""
+        return type(self.tracker).__name__.removesuffix("Callback")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the tracker up and describe the run."""
+        self._try("on_train_begin", args, state, control, **kwargs)
+        self._describe(args, state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Send a line of the log."""
+        self._try("on_log", args, state, control, **kwargs)
+        self._describe(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the run."""
+        self._try("on_train_end", args, state, control, **kwargs)
+
+    def _try(self, event: str, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() < self._again_at:
+            return
+        try:
+            getattr(self.tracker, event)(*args, **kwargs)
+        except Exception as error:
+            # each tracker has its own kinds, and none is worth a run
+            self.failures += 1
+            self._again_at = time.monotonic() + self.pause_s
+            reason = str(error).strip().splitlines() or [""]
+            logger.error(
+                "%s cannot be reached: %s: %s. Training goes on without it, trying again after %.0f s; %s has "
+                "every line",
+                *(self.name, type(error).__name__, reason[0], self.pause_s, METRICS_FILE),
+            )
+
+    def _describe(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._described or self.failures or not state.is_world_process_zero:
+            return
+        self._described = True
+        try:
+            if isinstance(self.tracker, WandbCallback):
+                import wandb
+
+                wandb.config.update(self.facts, allow_val_change=True)
+            elif isinstance(self.tracker, MLflowCallback):
+                import mlflow
+
+                mlflow.set_tags({f"ic.{name}": str(value)[:5000] for name, value in self.facts.items()})
+                run = mlflow.active_run()
+                if run is not None:
+                    (Path(args.output_dir) / MLFLOW_RUN_FILE).write_text(run.info.run_id)
+        except Exception as error:
+            logger.error("%s did not take the run's description: %s", self.name, error)
+
+
+def prepare_trackers(args: TrainingArguments) -> None:
+    """Set what the trackers read from the environment, where the user has not.
+
+    A resumed run goes on in the tracker's run of the same output folder.
+    """
+    output = Path(args.output_dir)
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("WANDB_DIR", str(output))
+    run_id = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    os.environ.setdefault("WANDB_RUN_ID", run_id)
+    os.environ.setdefault("WANDB_RESUME", "allow")
+    if (output / MLFLOW_RUN_FILE).is_file():
+        os.environ.setdefault("MLFLOW_RUN_ID", (output / MLFLOW_RUN_FILE).read_text().strip())
+
+
+def guard_trackers(handler: CallbackHandler, facts: dict[str, Any]) -> list[GuardedTracker]:
+    """Replace the trackers' callbacks of a trainer by guarded ones; those that there are now."""
+    guarded = []
+    for place, callback in enumerate(handler.callbacks):
+        if type(callback).__module__.startswith("transformers.integrations"):
+            handler.callbacks[place] = GuardedTracker(callback, facts)
+            guarded.append(handler.callbacks[place])
+    return guarded
