@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 ARCHITECTURE = "InfiniteContextForCausalLM"
 MODEL_CLASS = "ic_vllm_plugin.model:InfiniteContextForCausalLM"
 
+BACKEND_CLASS = "ic_vllm_plugin.attention.LatentBackend"
+PREFILL_BACKEND_CLASS = "ic_vllm_plugin.prefill_backend.OpsPrefillBackend"
+FLASH_ATTN_MODULE = "vllm.vllm_flash_attn.flash_attn_interface"
+PROFILED_ROWS = "_chunked_prefill_workspace_size"
+
 # first supported, first not supported: (major, minor). 0.32.1 and later patches are accepted.
 SUPPORTED_FROM = (0, 26)
 UNSUPPORTED_FROM = (0, 33)
@@ -31,8 +36,13 @@ CPU_PAGE_TOKENS = 128
 
 # name here: (module, why it is needed)
 SYMBOLS: dict[str, tuple[str, str]] = {
-    "AttentionBackend": ("vllm.v1.attention.backend", "base of the CPU backend's description"),
-    "AttentionMetadata": ("vllm.v1.attention.backend", "base of the CPU backend's per-step metadata"),
+    "AttentionBackendEnum": (
+        "vllm.v1.attention.backends.registry",
+        "CUSTOM is the name for a backend from outside",
+    ),
+    "AttentionCGSupport": ("vllm.v1.attention.backend", "which CUDA graphs a backend's metadata allow"),
+    "AttentionBackend": ("vllm.v1.attention.backend", "base of our backends' descriptions"),
+    "AttentionMetadata": ("vllm.v1.attention.backend", "base of our backends' per-step metadata"),
     "AttentionMetadataBuilder": ("vllm.v1.attention.backend", "base of what makes that metadata"),
     "AttentionType": ("vllm.v1.attention.backend", "to refuse anything but decoder self-attention"),
     "CommonAttentionMetadata": ("vllm.v1.attention.backend", "what the builder is given each step"),
@@ -43,7 +53,15 @@ SYMBOLS: dict[str, tuple[str, str]] = {
             "MultiHeadLatentAttentionWrapper needs both latent norms and passes no attn_backend on"
         ),
     ),
-    "MLAAttentionImpl": ("vllm.v1.attention.backend", "base of the CPU attention itself"),
+    "MLAAttentionImpl": ("vllm.v1.attention.backend", "base of our attention itself"),
+    "MLAPrefillBackend": (
+        "vllm.v1.attention.backends.mla.prefill",
+        "base of our prefill for vLLM's own decode",
+    ),
+    "MLAPrefillBackendEnum": (
+        "vllm.v1.attention.backends.mla.prefill",
+        "CUSTOM is the name for one from outside",
+    ),
     "MODELS_CONFIG_MAP": (
         "vllm.model_executor.models.config",
         "the hook by which an architecture adjusts a VllmConfig before the engine starts",
@@ -63,6 +81,14 @@ SYMBOLS: dict[str, tuple[str, str]] = {
         "free memory as vLLM's CPU worker counts it, container limits included",
     ),
     "get_visible_memory_node": ("vllm.utils.cpu_resource_utils", "the NUMA nodes that worker may use"),
+    "register_backend": ("vllm.v1.attention.backends.registry", "makes `--attention-backend CUSTOM` ours"),
+    "register_mla_prefill_backend": (
+        "vllm.v1.attention.backends.mla.prefill",
+        (
+            "a layer of MLA needs one, and vLLM's refuse most dimensions; on Turing its FlashAttention is chosen "
+            "and fails at the first request"
+        ),
+    ),
     "split_decodes_and_prefills": (
         "vllm.v1.attention.backends.utils",
         "where, in the batch as the model runner ordered it, short queries end",
@@ -131,9 +157,102 @@ def register_architecture() -> None:
     # by name: vLLM imports it in a process of its own to inspect it, so that CUDA stays untouched here
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, MODEL_CLASS)
+    register_backends()
     _symbol("MODELS_CONFIG_MAP")[ARCHITECTURE] = _config_hook()
     _symbol("MODEL_ARCH_CONFIG_CONVERTORS")[ICConfig.model_type] = _mla_convertor()
     _keep_scheduling_on_cpu()
+
+
+def register_backends() -> None:
+    """Name our backends CUSTOM, unless another plugin was first. By path: nothing of theirs is imported."""
+    for enum, register, path in (
+        (_symbol("AttentionBackendEnum"), _symbol("register_backend"), BACKEND_CLASS),
+        (
+            _symbol("MLAPrefillBackendEnum"),
+            _symbol("register_mla_prefill_backend"),
+            PREFILL_BACKEND_CLASS,
+        ),
+    ):
+        if not enum.CUSTOM.is_overridden():
+            register(enum.CUSTOM, path)
+        elif enum.CUSTOM.get_path() != path:
+            logger().warning(
+                "%s is %s already; InfiniteContext's takes part for its own architecture only.",
+                enum.CUSTOM,
+                enum.CUSTOM.get_path(),
+            )
+
+
+def current_vllm_config() -> VllmConfig:
+    """The configuration of the engine whose model is being built."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()
+
+
+def compute_capability() -> int | None:
+    """Of the GPU, as one number: 90 is 9.0. None without one. Asked of the driver: no CUDA is initialised."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    return None if capability is None else capability.to_int()
+
+
+def device_memory_bytes() -> int:
+    """Memory of the GPU; 0 without one."""
+    from vllm.platforms import current_platform
+
+    return current_platform.get_device_total_memory() if current_platform.is_cuda() else 0
+
+
+@functools.cache
+def has_flash_attn_3() -> bool:
+    """Whether this vLLM's build of FlashAttention 3 loads."""
+    try:
+        interface = importlib.import_module(FLASH_ATTN_MODULE)
+    except ImportError:
+        return False
+    return interface.is_fa_version_supported(3)
+
+
+def flash_attn_3(q: Any, k: Any, v: Any, **lengths: Any) -> tuple[Any, Any]:
+    """FlashAttention 3 over packed sequences, as vLLM builds it: output `[T, N, V]` and log-sum-exp `[N, T]`.
+
+    Args:
+        q, k, v: of `ic_model.ops.mla_prefill`.
+        lengths: cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal.
+    """
+    function = importlib.import_module(FLASH_ATTN_MODULE).flash_attn_varlen_func
+    return function(q, k, v, return_softmax_lse=True, fa_version=3, **lengths)
+
+
+def set_profiled_rows(layer: Any, rows: int) -> None:
+    """Set how many rows of `kv_b_proj`'s output the layer allocates in vLLM's memory profile.
+
+    MLAAttention computes the number when it is first asked for and keeps it in this attribute.
+    """
+    assert hasattr(layer, PROFILED_ROWS), f"MLAAttention has no {PROFILED_ROWS}"
+    setattr(layer, PROFILED_ROWS, rows)
+
+
+def refuse_lora_on(module: str) -> None:
+    """Let vLLM refuse adapters for linear layers of this name, as it does for names that a model has not.
+
+    vLLM lets adapters have every linear layer. `kv_b_proj` is folded into attention once, at the start: a part
+    of an adapter for it would have no effect, and nobody would be told.
+    """
+    manager = importlib.import_module("vllm.lora.model_manager")
+    original = manager.get_supported_lora_modules
+    if module in getattr(original, "refuses", ()):
+        return
+
+    @functools.wraps(original)
+    def get_supported_lora_modules(model: Any) -> list[str]:
+        names = original(model)
+        return [name for name in names if name != module] if type(model).__name__ == ARCHITECTURE else names
+
+    vars(get_supported_lora_modules)["refuses"] = (*getattr(original, "refuses", ()), module)
+    vars(manager)["get_supported_lora_modules"] = get_supported_lora_modules
 
 
 def is_cpu() -> bool:
@@ -178,6 +297,10 @@ def _config_hook() -> type:
                 from ic_vllm_plugin.cpu_defaults import apply_cpu_defaults
 
                 apply_cpu_defaults(vllm_config)
+            else:
+                from ic_vllm_plugin.gpu_defaults import apply_gpu_defaults
+
+                apply_gpu_defaults(vllm_config)
 
     return InfiniteContextConfigHook
 

@@ -39,6 +39,8 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from ic_vllm_plugin import compat
+from ic_vllm_plugin.gpu_defaults import asked_for_vllms_backend
+from ic_vllm_plugin.workspace import count_in_profile
 
 if TYPE_CHECKING:
     from ic_model.configuration import ICConfig
@@ -85,6 +87,7 @@ class LatentAttention(nn.Module):
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_rank, self.value_dim = config.kv_lora_rank, config.v_head_dim
         self._build_projections(config, vllm_config.quant_config, prefix)
+        backend = _attention_backend(vllm_config)
         self.mla_attn = compat.MLAAttention(
             num_heads=self.num_heads,
             scale=softmax_scale(config),
@@ -97,8 +100,10 @@ class LatentAttention(nn.Module):
             cache_config=vllm_config.cache_config,
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attn",
-            attn_backend=_attention_backend(),
+            attn_backend=backend,
         )
+        if backend is not None and not compat.is_cpu():
+            count_in_profile(vllm_config, self.mla_attn)
 
     def _build_projections(self, config: ICConfig, quant_config: Any, prefix: str) -> None:
         biased = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj") if config.attention_bias else ()
@@ -262,6 +267,8 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         config = vllm_config.model_config.hf_config
         self.config = config
         self.quantised = vllm_config.quant_config is not None
+        if vllm_config.lora_config is not None:
+            compat.refuse_lora_on("kv_b_proj")
         self.model = InfiniteContextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if not get_pp_group().is_last_rank:
             self.lm_head = PPMissingLayer()
@@ -343,10 +350,14 @@ def _target(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-def _attention_backend() -> Any:
-    """Ours on a CPU, where vLLM has none for most latent sizes; None lets vLLM choose."""
-    if not compat.is_cpu():
-        return None
-    from ic_vllm_plugin.cpu_backend import CPULatentBackend
+def _attention_backend(vllm_config: VllmConfig) -> Any:
+    """Ours, unless the user asked for one of vLLM's by name: None lets vLLM take that."""
+    if compat.is_cpu():
+        from ic_vllm_plugin.cpu_backend import CPULatentBackend
 
-    return CPULatentBackend
+        return CPULatentBackend
+    if asked_for_vllms_backend(vllm_config):
+        return None
+    from ic_vllm_plugin.attention import LatentBackend
+
+    return LatentBackend
