@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from importlib import util
+from importlib import import_module, util
 from typing import Any
 
 import torch
@@ -90,8 +90,7 @@ class UtilisationSampler:
             self._thread = None
 
     def _run(self) -> None:
-        import pynvml
-
+        pynvml = import_module("pynvml")
         pynvml.nvmlInit()
         try:
             # by UUID: CUDA_VISIBLE_DEVICES renumbers for CUDA, not for NVML

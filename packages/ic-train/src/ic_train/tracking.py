@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,10 @@ class GuardedTracker(TrainerCallback):
         self._described = True
         try:
             if isinstance(self.tracker, WandbCallback):
-                import wandb
-
+                wandb = import_module("wandb")
                 wandb.config.update(self.facts, allow_val_change=True)
             elif isinstance(self.tracker, MLflowCallback):
-                import mlflow
-
+                mlflow = import_module("mlflow")
                 mlflow.set_tags({f"ic.{name}": str(value)[:5000] for name, value in self.facts.items()})
                 run = mlflow.active_run()
                 if run is not None:

@@ -97,8 +97,15 @@ def _kernel_backward(
 
     starts_q, starts_k = _starts(q, k, lengths)
     problem = Problem(cu_q=starts_q, cu_k=starts_k, softmax_scale=softmax_scale, causal=bool(lengths))
-    parts = (part[None] for part in (d_out.to(q.dtype), q, k, v, out.to(q.dtype), lse.contiguous()))
-    d_q, d_k, d_v = backward(*parts, problem)
+    d_q, d_k, d_v = backward(
+        d_out.to(q.dtype)[None],
+        q[None],
+        k[None],
+        v[None],
+        out.to(q.dtype)[None],
+        lse.contiguous()[None],
+        problem,
+    )
     return d_q[0], d_k[0], d_v[0]
 
 

@@ -182,6 +182,11 @@ def check_training(
         raise ValueError(
             f"resume_from_checkpoint is {training.resume_from_checkpoint!r}; leave it out and set resume"
         )
+    if (training.gradient_checkpointing_kwargs or {}).get("offload") and training.device.type == "cpu":
+        raise ValueError(
+            "gradient_checkpointing_kwargs has offload: it moves activations from a GPU to the CPU, and there is no "
+            "GPU here; leave it out"
+        )
     if run.context_parallel_size > 1:
         if training.per_device_train_batch_size != 1:
             raise ValueError(

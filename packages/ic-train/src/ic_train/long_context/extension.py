@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from ic_model import ICConfig
-from ic_model.rope import yarn_mscale
+from ic_model.attention import ICAttention
+from ic_model.rope import softmax_scale, yarn_mscale
 from torch import nn
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0
@@ -59,10 +60,8 @@ def extend_context(
         "mscale_all_dim": 1.0,
     }
     # attention modules keep the scale that they were built with
-    from ic_model.rope import softmax_scale
-
     for module in model.modules():
-        if hasattr(module, "scaling"):
+        if isinstance(module, ICAttention):
             module.scaling = softmax_scale(config)
 
 

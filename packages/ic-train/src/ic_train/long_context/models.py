@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def build_model(arguments: LongContextModelArguments) -> ICForCausalLM:
     return model
 
 
-def add_adapters(model: ICForCausalLM, arguments: LongContextModelArguments) -> nn.Module:
+def add_adapters(model: ICForCausalLM, arguments: LongContextModelArguments) -> Any:
     """The model with LoRA adapters (PEFT), or as it is where none are asked for.
 
     Raises:
@@ -57,17 +59,16 @@ def add_adapters(model: ICForCausalLM, arguments: LongContextModelArguments) -> 
     """
     if not arguments.lora_rank:
         return model
-    from peft import LoraConfig, get_peft_model
-
+    peft = import_module("peft")
     names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     targets = [name for name in arguments.lora_target_modules if name in names]
     if not targets:
         raise ValueError(
             f"lora_target_modules is {arguments.lora_target_modules}; the model has {sorted(names)}"
         )
-    return get_peft_model(
+    return peft.get_peft_model(
         model,
-        LoraConfig(
+        peft.LoraConfig(
             r=arguments.lora_rank,
             lora_alpha=arguments.lora_alpha,
             target_modules=targets,
@@ -76,9 +77,7 @@ def add_adapters(model: ICForCausalLM, arguments: LongContextModelArguments) -> 
     )
 
 
-def save_model(
-    folder: str | Path, arguments: LongContextModelArguments, weights: dict[str, torch.Tensor]
-) -> None:
+def save_model(folder: str | Path, arguments: LongContextModelArguments, weights: Mapping[str, Any]) -> None:
     """Write a plain Hugging Face folder in bfloat16: weights with adapters merged, configuration, tokenizer.
 
     Args:

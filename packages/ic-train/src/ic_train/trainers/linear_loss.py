@@ -10,7 +10,7 @@ Letters: T tokens, D model width.
 
 from __future__ import annotations
 
-from importlib import util
+from importlib import import_module, util
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def add_loss_head(model: ICForCausalLM, kind: str) -> CausalLMWithLoss:
     assert kind in LOSSES[1:], kind
     model.__class__ = CausalLMWithLoss
     model.lm_head.__class__ = LossHead
-    model.lm_head.kind = kind
+    model.lm_head.kind = kind  # type: ignore[bad-argument-type]
     return model  # type: ignore[return-value]
 
 
@@ -108,9 +108,7 @@ def choose_loss(wanted: str, device: torch.device) -> str:
 
 
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    found: Any = liger_fused_linear_cross_entropy(
+    found: Any = import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy(
         hidden,
         weight.to(hidden.dtype),
         labels,

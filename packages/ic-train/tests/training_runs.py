@@ -1,0 +1,120 @@
+"""Small long-context training runs on the CPU: a model, a corpus, and many runs per process start.
+
+Importing PyTorch and transformers takes longer than a run, so that one launch works through a list of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from ic_model import ICConfig, ICForCausalLM
+from ic_model.byte_tokenizer import build_byte_tokenizer
+
+from ic_train.data.text import write_corpus
+
+PACKAGE = Path(__file__).parent.parent
+RECIPE = Path(__file__).parent / "recipes" / "text.yaml"
+WORKER = Path(__file__).parent / "training_worker.py"
+FSDP_ON_CPU = PACKAGE / "accelerate" / "cpu.yaml"
+# text that does not change: committed values depend on it
+WORDS = (PACKAGE / "LICENSE").read_text().split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `ic_train.sft`: its output folder's name, and flags after the toy recipe's."""
+
+    name: str
+    flags: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def toy_config(**changes: Any) -> ICConfig:
+    fields = {
+        "vocab_size": 264,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+        "eos_token_id": 256,
+    }
+    return ICConfig(**{**fields, **changes})
+
+
+def make_toys(root: Path) -> dict[str, Path]:
+    """A model with random weights and a corpus of documents of very different lengths."""
+    root.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    rows = []
+    for _ in range(300):
+        words = draw.choice([5, 10, 20, 60, 150])
+        start = draw.randrange(len(WORDS) - words)
+        rows.append(json.dumps({"text": " ".join(WORDS[start : start + words])}))
+    (root / "documents.jsonl").write_text("\n".join(rows))
+    tokenizer = build_byte_tokenizer()
+    sources = [(str(root / "documents.jsonl"), "Apache-2.0")]
+    write_corpus(root / "corpus", sources, tokenizer, tokenizer_name="bytes")
+    torch.manual_seed(0)
+    ICForCausalLM(toy_config()).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    return {"model": root / "model", "corpus": root / "corpus", "runs": root / "runs"}
+
+
+def flags_of(toys: dict[str, Path], run: Run) -> list[str]:
+    return [
+        *("--config", str(RECIPE), "--model", str(toys["model"]), "--corpora", str(toys["corpus"])),
+        *("--output_dir", str(toys["runs"] / run.name), *run.flags),
+    ]
+
+
+def launch_all(
+    toys: dict[str, Path], launches: list[tuple[int, list[Run]]], timeout_s: int = 300
+) -> dict[str, str]:
+    """Run launches of so many processes, each with its runs one after the other; the errors by name."""
+    plan = toys["runs"] / f"plan-{launches[0][1][0].name}.json"
+    plan.parent.mkdir(exist_ok=True)
+    listed = [
+        {
+            "processes": processes,
+            "config": str(FSDP_ON_CPU),
+            "runs": [asdict(run) | {"flags": flags_of(toys, run)} for run in runs],
+        }
+        for processes, runs in launches
+    ]
+    plan.write_text(json.dumps(listed))
+    finished = subprocess.run(
+        [sys.executable, str(WORKER), str(plan)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    done = plan.with_suffix(".done.json")
+    assert done.is_file(), finished.stdout[-3000:] + finished.stderr[-6000:]
+    return json.loads(done.read_text())
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines with a loss of a run's metrics; of a resumed run the last of each step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return list({line["step"]: line for line in lines if "loss" in line}.values())
+
+
+def values(folder: Path, name: str) -> list[float]:
+    return [step[name] for step in steps_of(folder)]
