@@ -43,6 +43,8 @@ def register_attention(ring: Ring | None = None) -> list[str]:
     return list(functions)
 
 
+# the op chooses among kernels and launches its own: nothing for the compiler to trace, who may fuse the rest
+@torch.compiler.disable
 def mla_prefill_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -98,6 +100,7 @@ def mla_prefill_attention(
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
+@torch.compiler.disable
 def latent_ring_attention(
     module: Any,
     q_nope: torch.Tensor,

@@ -97,11 +97,13 @@ class LongContextRunArguments:
         resume: "auto" to go on from the output folder's last whole checkpoint if there is one, or a checkpoint's
             folder.
         background_checkpoints: whether training goes on while a checkpoint is written.
+        save_final_model: whether the output folder becomes a model at the end; sweeps may not want it.
     """
 
     context_parallel_size: int = 1
     resume: str = ""
     background_checkpoints: bool = True
+    save_final_model: bool = True
 
 
 def check_model(arguments: LongContextModelArguments) -> None:
@@ -184,8 +186,8 @@ def check_training(
         )
     if (training.gradient_checkpointing_kwargs or {}).get("offload") and training.device.type == "cpu":
         raise ValueError(
-            "gradient_checkpointing_kwargs has offload: it moves activations from a GPU to the CPU, and there is no "
-            "GPU here; leave it out"
+            "gradient_checkpointing_kwargs has offload: it moves activations from a GPU to the CPU, and there "
+            "is no GPU here; leave it out"
         )
     if run.context_parallel_size > 1:
         if training.per_device_train_batch_size != 1:

@@ -132,7 +132,7 @@ def train(recipe: Recipe) -> LongContextTrainer:
     if stop.stopped:
         if rank() == 0:
             stop.mark(args.output_dir)
-    else:
+    elif recipe.run.save_final_model:
         _save(trainer, recipe, record)
     # a process that leaves while the others still write takes their connections with it
     trainer.accelerator.wait_for_everyone()
