@@ -1,12 +1,12 @@
 """What training takes: tokens per second, MFU, utilisation and memory, by the trainer that people run.
 
-    python -m bench.cases.training                                        # ic-1b on this GPU, ours beside PyTorch's
-    python -m bench.cases.training --lengths 131072,196608,262144 --implementations ours     # the longest that fits
-    python -m bench.cases.training --model ic-nano --toy                  # two steps on the CPU: shows that it works
+    python -m bench.cases.training                                  # ic-1b on this GPU, ours beside PyTorch's
+    python -m bench.cases.training --lengths 196608,262144 --implementations ours    # the longest that fits
+    python -m bench.cases.training --model ic-nano --toy            # two steps on the CPU: shows that it works
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
-random weights and real text, with settings from `training.json`. The first window of steps is left out. MFU is what
-`ic_train.metrics` counts: three times the forward pass, attention with its causal half, no recomputation, over the
+random weights and real text, with settings from `training.json`. The first window of steps is left out. MFU is
+what `ic_train.metrics` counts: three times the forward pass, attention with its causal half, no recomputation, over the
 dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over the windows that count.
 """
 
@@ -111,8 +111,8 @@ def _corpus(scratch: Path) -> Path:
 
 
 def _command(options: argparse.Namespace, length: int, name: str, corpus: Path, output: Path) -> list[str]:
-    toy = {"batch": 1, "steps": 2, "window": 1, "flags": []}
-    setting = toy if options.toy else SETTINGS["lengths"][str(length)]
+    toy: dict[str, Any] = {"batch": 1, "steps": 2, "window": 1, "flags": []}
+    setting: dict[str, Any] = toy if options.toy else SETTINGS["lengths"][str(length)]
     flags = {
         "task": "text",
         "model": options.model,
