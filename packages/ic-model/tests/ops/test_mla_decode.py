@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
 
 from ic_model.ops.launch import overriding
 from ic_model.ops.mla_decode import mla_decode
+from ic_model.ops.mla_decode.kernel import tiles_per_program
 from ic_model.ops.mla_decode.launch import Split
 from ic_model.ops.mla_decode.reference import mla_decode as reference
 from ic_model.testing import assert_close
@@ -172,19 +172,25 @@ def test_no_sequences(device):
     assert out.shape == (0, 1, 16, 64) and lse.shape == (0, 1, 16)
 
 
-@pytest.mark.parametrize("lens", [[5], [1, 0, 7], [100, 3, 2], [64] * 9])
+@pytest.mark.parametrize(
+    "lens", [[5], [1, 0, 7], [100, 3, 2], [64] * 9, [0], [2048] * 128, [131072], [900, 5000] * 7]
+)
 @pytest.mark.parametrize("processors", [1, 4, 132])
-def test_shares_are_even_and_whole(lens, processors):
-    """The kernels' arithmetic, in plain numbers: shares cover the list once, and a tile's program is found."""
+def test_shares_cover_the_list(lens, processors):
+    """The kernels' arithmetic, in plain numbers: at most a sixteenth over an equal share, and no tile is left."""
     split = Split(batch=len(lens), rows=16, block_rows=16, block_tokens=16, processors=processors)
-    tiles = sum(-(-length // 16) for length in lens)
-    programs = min(split.programs, tiles)
-    bounds = [program * tiles // programs for program in range(programs + 1)]
-    shares = [end - start for start, end in pairwise(bounds)]
-    assert bounds[-1] == tiles and max(shares) - min(shares) <= 1 and min(shares) >= 1
-    for tile in range(tiles):
-        program = ((tile + 1) * programs - 1) // tiles
-        assert bounds[program] <= tile < bounds[program + 1]
+    tiles = [-(-length // 16) for length in lens]
+    share = tiles_per_program.fn(sum(tiles), max(tiles), split.programs)
+    least = max(-(-sum(tiles) // split.programs), 1)
+    assert least <= share <= least * 17 / 16
+    assert share * split.programs >= sum(tiles)
+
+
+@pytest.mark.parametrize(("number", "tiles"), [(128, 128), (1, 2112), (33, 16), (66, 8)])
+def test_equal_lengths_give_equal_pieces(number, tiles):
+    """Nothing is cut that need not be: each sequence in pieces of one length, or whole ones for each program."""
+    share = tiles_per_program.fn(number * tiles, tiles, 132)
+    assert tiles % share == 0 or share % tiles == 0
 
 
 @pytest.mark.parametrize(

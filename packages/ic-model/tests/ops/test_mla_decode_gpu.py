@@ -21,11 +21,6 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def kernel_for(implementation, kv_dtype):
-    """The kernel for Hopper has a name of its own for fp8 rows."""
-    return "hopper_fp8" if implementation == "hopper" and kv_dtype else implementation
-
-
 def model_problem(lens, **changes):
     return problem(
         lens, **({"device": "cuda", "dtype": torch.bfloat16, "page_tokens": 64, "rope_dim": 64} | changes)
@@ -37,7 +32,7 @@ def model_problem(lens, **changes):
 @pytest.mark.parametrize("rank", [256, 512])
 def test_the_models_sizes(implementation, rank, heads, kv_dtype):
     made = model_problem(LENS, rank=rank, heads=heads, kv_dtype=kv_dtype)
-    check(made, kernel_for(implementation, kv_dtype))
+    check(made, implementation)
 
 
 @pytest.mark.parametrize("query_tokens", [2, 4, 8])
@@ -45,7 +40,7 @@ def test_the_models_sizes(implementation, rank, heads, kv_dtype):
 def test_query_tokens(implementation, query_tokens, kv_dtype):
     lens = [max(length, query_tokens) if length else 0 for length in LENS]
     made = model_problem(lens, rank=256, heads=5, query_tokens=query_tokens, kv_dtype=kv_dtype)
-    check(made, kernel_for(implementation, kv_dtype))
+    check(made, implementation)
 
 
 @pytest.mark.parametrize("rank", [256, 512])
@@ -56,7 +51,7 @@ def test_many_tiles_per_program(implementation, rank, heads, kv_dtype):
     lens = torch.randint(3000, 9000, (64,)).tolist()
     made = model_problem(lens, rank=rank, heads=heads, kv_dtype=kv_dtype)
     for _ in range(3):
-        check(made, kernel_for(implementation, kv_dtype))
+        check(made, implementation)
 
 
 @pytest.mark.parametrize("page_tokens", [64, 256])

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.interpreter
 def ring(dtype, slots, step, parts, columns):
     poison = np.nan if dtype.kind == "f" else 0x7F
     return tuple(
-        Ring(np.full((slots * places, step, width), poison, dtype)) for places, width in ((parts, columns), (1, 64))
+        Ring(np.full((slots * places, step, width), poison, dtype))
+        for places, width in ((parts, columns), (1, 64))
     )
 
 
@@ -40,14 +41,20 @@ def decode(monkeypatch):
         "gdc_launch_dependents": lambda: None,
     }
     monkeypatch.setattr(hopper, "decode_hopper_kernel", EmulatedHopper(hopper.decode_hopper_kernel, replaced))
-    monkeypatch.setattr(launch, "_hopper_refuses", lambda *args, **others: None)
+    monkeypatch.setattr(launch, "hopper_refuses", lambda *args, **others: None)
 
     def run(made, **changed):
-        sizes = {"block_rows": 16, "slots": 2, "wide_slots": 2, "messages": 2, "prefetch": 0}
+        sizes = {"block_rows": 16, "slots": 2, "wide_slots": 2, "messages": 2}
         sizes |= {"value_registers": 0, "max_registers": 0, "num_warps": 4} | changed
         # the CPU counts as another chip
-        monkeypatch.setattr(launch, "launch_parameters", lambda *args, kernel, **shape: sizes if kernel == "hopper" else found(*args, kernel=kernel, **shape))
-        check(made, "hopper" if made.kv_cache.dtype == torch.float16 else "hopper_fp8")
+        monkeypatch.setattr(
+            launch,
+            "launch_parameters",
+            lambda *args, kernel, **shape: (
+                sizes if kernel == "hopper" else found(*args, kernel=kernel, **shape)
+            ),
+        )
+        check(made, "hopper")
 
     return run
 

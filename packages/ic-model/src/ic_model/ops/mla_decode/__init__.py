@@ -44,8 +44,7 @@ def mla_decode(
         kv_lora_rank: C.
         softmax_scale: factor on the scores.
         kv_scale: what a number in kv_cache is multiplied by, one for the whole tensor.
-        implementation: "hopper", "turing", "triton", "hopper_fp8" or "reference"; None takes the first of these
-            that can.
+        implementation: "hopper", "turing", "triton" or "reference"; None takes the first of these that can.
 
     Returns:
         out `[B, T, N, C]` in q's dtype, and the log-sum-exp of the scores `[B, T, N]` in float32. A query that
@@ -141,7 +140,5 @@ _IMPLEMENTATIONS = (
     Implementation("hopper", _load("mla_decode_hopper"), _refuses("hopper_refuses")),
     Implementation("turing", _load_turing, _turing_refuses),
     Implementation("triton", _load("mla_decode_triton"), _refuses("triton_refuses")),
-    # after "triton", so never chosen: one of its tests has failed on a GPU, and the repair has not run there yet
-    Implementation("hopper_fp8", _load("mla_decode_hopper"), _refuses("hopper_fp8_refuses")),
     Implementation("reference", lambda: reference.mla_decode, lambda *_, **__: None),
 )

@@ -71,8 +71,9 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
 def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
     parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
-    signature = _signature(decode_hopper_kernel, {"kv_ptr": kv, "q_ptr": element, "out_ptr": element})
-    blocks = descriptor_blocks(kv_lora_rank, kv_bytes, parameters["block_rows"])
+    signature = _signature(decode_hopper_kernel, {"q_ptr": element, "out_ptr": element})
+    constants = hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS, kv_bytes)
+    blocks = descriptor_blocks(kv_lora_rank, kv_bytes, constants)
     for name, (block, swizzle) in zip(("latent_desc", "rope_desc"), blocks, strict=True):
         layout = NVMMASharedLayout(swizzle, 8 * kv_bytes, 2)
         signature[name] = f"tensordesc<{kv}{block},{layout!r}>"
@@ -81,8 +82,7 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
         name=f"hopper {row_dim}, {rows} rows, {kv}",
         function=decode_hopper_kernel,
         signature=signature,
-        constants=hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS)
-        | {"BLOCK_SEQS": BLOCK_SEQS, "PDL": True},
+        constants=constants | {"BLOCK_SEQS": BLOCK_SEQS, "PDL": True},
         num_warps=parameters["num_warps"],
         attributes={"table_stride": 1},
         mma="wgmma",
@@ -92,7 +92,9 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
 
 
 def _combine(capability: int, batch: int, element: str) -> AotVariant:
-    parameters = launch_parameters(OP, capability, kernel="combine")
+    parameters = launch_parameters(
+        OP, capability, kernel="combine", kv_lora_rank=512, block_rows=32, batch=batch
+    )
     split = Split(batch=batch, rows=32, block_rows=32, block_tokens=64, processors=PROCESSORS[capability])
     return AotVariant(
         name=f"combine, batch {batch}",

@@ -20,11 +20,14 @@ from ic_model.ops.mla_decode.hopper_list import ring_barriers
 
 
 @gluon.jit
-def _ring(dtype: gl.constexpr, SLOTS: gl.constexpr, STEP: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr):
+def _ring(
+    dtype: gl.constexpr, SLOTS: gl.constexpr, STEP: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr
+):
     """Shared memory for tiles: latent columns in parts, and rope columns."""
     WIDTH: gl.constexpr = dtype.primitive_bitwidth
+    swizzle: gl.constexpr = min(COLUMNS * WIDTH // 8, 128)
     rope_swizzle: gl.constexpr = 64 * WIDTH // 8
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, WIDTH, 2)
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle, WIDTH, 2)
     rope_layout: gl.constexpr = gl.NVMMASharedLayout(rope_swizzle, WIDTH, 2)
     latent = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, STEP, COLUMNS], layout)
     return latent, gl.allocate_shared_memory(dtype, [SLOTS, STEP, 64], rope_layout)
@@ -32,25 +35,24 @@ def _ring(dtype: gl.constexpr, SLOTS: gl.constexpr, STEP: gl.constexpr, PARTS: g
 
 @gluon.jit
 def decode_hopper_kernel(
-    latent_desc, rope_desc, kv_ptr, q_ptr, table_ptr, lens_ptr,
+    latent_desc, rope_desc, q_ptr, table_ptr, lens_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2, kv_scale,
-    num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, page_rows, token_bytes, table_stride,
+    num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, page_rows, table_stride,
     QUERY_TOKENS: gl.constexpr, C: gl.constexpr, PAGE_TOKENS: gl.constexpr,
-    BLOCK_ROWS: gl.constexpr, BLOCK_SEQS: gl.constexpr, SLOTS: gl.constexpr, WIDE_SLOTS: gl.constexpr,
-    MESSAGES: gl.constexpr, PREFETCH: gl.constexpr, VALUE_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_ROWS: gl.constexpr, BLOCK_SEQS: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
+    PARTS: gl.constexpr, SLOTS: gl.constexpr, WIDE_SLOTS: gl.constexpr, MESSAGES: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):
     """Attend to one program's share of the list of tiles; grid and results are those of `kernel.decode_kernel`."""
     FP8: gl.constexpr = latent_desc.dtype == gl.float8e4nv
     dtype: gl.constexpr = gl.float16 if FP8 else latent_desc.dtype
     ROWS_FIRST: gl.constexpr = BLOCK_ROWS >= 64
-    COLUMNS: gl.constexpr = latent_desc.block_shape[1]
-    PARTS: gl.constexpr = C // COLUMNS
-    STEP: gl.constexpr = latent_desc.block_shape[0]
+    COLUMNS: gl.constexpr = C // PARTS
     q_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_latent = gl.allocate_shared_memory(dtype, [PARTS, BLOCK_ROWS, COLUMNS], q_layout)
     q_rope = gl.allocate_shared_memory(dtype, [BLOCK_ROWS, 64], q_layout)
-    N: gl.constexpr = 64 if ROWS_FIRST else BLOCK_ROWS
-    M: gl.constexpr = BLOCK_ROWS if ROWS_FIRST else 64
+    N: gl.constexpr = TILE if ROWS_FIRST else BLOCK_ROWS
+    M: gl.constexpr = BLOCK_ROWS if ROWS_FIRST else TILE
     weights_layout: gl.constexpr = gl.NVMMASharedLayout(min(N * 2, 128), 16, 2)
     weights = gl.allocate_shared_memory(dtype, [MESSAGES, M, N], weights_layout)
     factors = gl.allocate_shared_memory(gl.float32, [MESSAGES, BLOCK_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -58,7 +60,7 @@ def decode_hopper_kernel(
     ring_latent, ring_rope = _ring(latent_desc.dtype, SLOTS, STEP, PARTS, COLUMNS)
     if FP8:
         ring_full, ring_empty = ring_barriers(SLOTS, 1)
-        latent, rope = _ring(dtype, WIDE_SLOTS, 64, PARTS, COLUMNS)
+        latent, rope = _ring(dtype, WIDE_SLOTS, TILE, PARTS, COLUMNS)
         full, empty = ring_barriers(WIDE_SLOTS, PARTS)
     else:
         latent, rope = ring_latent, ring_rope
@@ -87,22 +89,24 @@ def decode_hopper_kernel(
                 (
                     values,
                     (
-                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows, latent, empty, weights, factors, told, heard,
+                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
+                        latent, empty, weights, factors, told, heard,
                         LEFT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
                     widen,
                     (
-                        lens_ptr, num_seqs, ring_latent, ring_rope, ring_full, ring_empty, latent, rope, full, empty,
-                        BLOCK_SEQS,
+                        lens_ptr, num_seqs, ring_latent, ring_rope, ring_full, ring_empty,
+                        latent, rope, full, empty,
+                        TILE, BLOCK_SEQS,
                     ),
                 ),
                 (
                     produce,
                     (
-                        latent_desc, rope_desc, kv_ptr, table_ptr, lens_ptr, num_seqs, table_stride, page_rows, token_bytes,
-                        ring_latent, ring_rope, ring_full, ring_empty, C, PAGE_TOKENS, BLOCK_SEQS, PREFETCH,
+                        latent_desc, rope_desc, table_ptr, lens_ptr, num_seqs, table_stride, page_rows,
+                        ring_latent, ring_rope, ring_full, ring_empty, C, TILE, PAGE_TOKENS, BLOCK_SEQS,
                     ),
                 ),
             ],
@@ -124,22 +128,24 @@ def decode_hopper_kernel(
                 (
                     values,
                     (
-                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows, latent, empty, weights, factors, told, heard,
+                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
+                        latent, empty, weights, factors, told, heard,
                         LEFT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
                     values,
                     (
-                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows, latent, empty, weights, factors, told, heard,
+                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
+                        latent, empty, weights, factors, told, heard,
                         RIGHT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
                     produce,
                     (
-                        latent_desc, rope_desc, kv_ptr, table_ptr, lens_ptr, num_seqs, table_stride, page_rows, token_bytes,
-                        ring_latent, ring_rope, ring_full, ring_empty, C, PAGE_TOKENS, BLOCK_SEQS, PREFETCH,
+                        latent_desc, rope_desc, table_ptr, lens_ptr, num_seqs, table_stride, page_rows,
+                        ring_latent, ring_rope, ring_full, ring_empty, C, TILE, PAGE_TOKENS, BLOCK_SEQS,
                     ),
                 ),
             ],
@@ -161,15 +167,16 @@ def decode_hopper_kernel(
                 (
                     values,
                     (
-                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows, latent, empty, weights, factors, told, heard,
+                        lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
+                        latent, empty, weights, factors, told, heard,
                         LEFT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
                     produce,
                     (
-                        latent_desc, rope_desc, kv_ptr, table_ptr, lens_ptr, num_seqs, table_stride, page_rows, token_bytes,
-                        ring_latent, ring_rope, ring_full, ring_empty, C, PAGE_TOKENS, BLOCK_SEQS, PREFETCH,
+                        latent_desc, rope_desc, table_ptr, lens_ptr, num_seqs, table_stride, page_rows,
+                        ring_latent, ring_rope, ring_full, ring_empty, C, TILE, PAGE_TOKENS, BLOCK_SEQS,
                     ),
                 ),
             ],

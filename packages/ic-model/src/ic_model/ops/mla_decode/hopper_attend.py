@@ -1,8 +1,8 @@
 """Attending on Hopper, in two crews: one turns tiles into weights, the other one gathers the values by them.
 
 The crews meet at a small ring of weights. So the scores of a tile are computed while the values of the one before
-are gathered, and neither waits for the other's latencies; a tile's place is free as soon as its values are gathered,
-whether the next tile has arrived or not.
+are gathered, and neither waits for the other's latencies; a tile's place is free as soon as its values are
+gathered, whether the next tile has arrived or not.
 
 With few rows tokens are on the M side of both products (scores = latent . q^T, out^T = latent^T . w): 16 rows fill
 the tensor cores' 64-wide instructions. From 64 rows on the rows are (scores = q . latent^T, out = w . latent):
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -30,8 +31,9 @@ NEG_INF = gl.constexpr(float("-inf"))
 def _clear_rows(buffer, valid):
     """Zero the rows from `valid` on: what lies there may be NaN, and 0 * NaN is NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    TILE: gl.constexpr = buffer.shape[0]
     COLUMNS: gl.constexpr = buffer.shape[1]
+    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
     for column in gl.static_range(0, COLUMNS, 64):
         part = buffer.slice(column, 64, 1)
         values = part.load(layout)
@@ -49,25 +51,35 @@ def _load_queries(q_ptr, q_latent, q_rope, row_block, num_rows, num_heads, strid
     pointers = q_ptr + ((rows // num_heads) * stride_t + (rows % num_heads) * stride_n)[:, None]
     there = (rows < num_rows)[:, None]
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
-    for part in gl.static_range(PARTS):
-        values = gl.load(pointers + part * COLUMNS + columns, mask=there, other=0.0)
-        q_latent.index(part).store(values.to(q_latent.dtype))
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
-    q_rope.store(gl.load(pointers + PARTS * COLUMNS + columns, mask=there, other=0.0).to(q_rope.dtype))
+    rope_columns = PARTS * COLUMNS + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
+    if q_ptr.dtype.element_ty == q_latent.dtype:
+        # past the registers, which hold few loads at a time; what is not there becomes zero
+        for part in gl.static_range(PARTS):
+            numbers = pointers + part * COLUMNS + columns
+            async_copy.async_copy_global_to_shared(q_latent.index(part), numbers, there)
+        async_copy.async_copy_global_to_shared(q_rope, pointers + rope_columns, there)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+    else:
+        for part in gl.static_range(PARTS):
+            values = gl.load(pointers + part * COLUMNS + columns, mask=there, other=0.0)
+            q_latent.index(part).store(values.to(q_latent.dtype))
+        q_rope.store(gl.load(pointers + rope_columns, mask=there, other=0.0).to(q_rope.dtype))
     fence_async_shared()
 
 
 @gluon.jit
 def _score(latent, k_rope, slot, q_latent, q_rope, layout: gl.constexpr, ROWS_FIRST: gl.constexpr):
-    """The scores of one tile: `[64 tokens, BLOCK_ROWS]`, or `[BLOCK_ROWS, 64 tokens]` where rows come first."""
+    """The scores of one tile: `[TILE, BLOCK_ROWS]`, or `[BLOCK_ROWS, TILE]` where rows come first."""
     PARTS: gl.constexpr = q_latent.shape[0]
+    TILE: gl.constexpr = k_rope.shape[1]
     BLOCK_ROWS: gl.constexpr = q_latent.shape[1]
     rope = k_rope.index(slot)
     if ROWS_FIRST:
-        scores = gl.zeros([BLOCK_ROWS, 64], gl.float32, layout)
+        scores = gl.zeros([BLOCK_ROWS, TILE], gl.float32, layout)
         scores = warpgroup_mma(q_rope, rope.permute([1, 0]), scores, use_acc=False, is_async=True)
     else:
-        scores = gl.zeros([64, BLOCK_ROWS], gl.float32, layout)
+        scores = gl.zeros([TILE, BLOCK_ROWS], gl.float32, layout)
         scores = warpgroup_mma(rope, q_rope.permute([1, 0]), scores, use_acc=False, is_async=True)
     for part in gl.static_range(PARTS):
         tile = latent.index(slot * PARTS + part)
@@ -86,39 +98,40 @@ def scores(
     latent, k_rope, full, q_latent, q_rope, weights, factors, told, heard,
     QUERY_TOKENS: gl.constexpr, BLOCK_SEQS: gl.constexpr, ROWS_FIRST: gl.constexpr,
 ):
-    """Turn tiles into weights, and tell the crew of values: per tile the weights and the decay of what came before.
+    """Turn tiles into weights, and tell the crew of values: the weights, and the decay of what came before.
 
     After a segment's last tile one more message brings the factor that its sums are multiplied by.
     """
     SLOTS: gl.constexpr = k_rope.shape[0]
+    TILE: gl.constexpr = k_rope.shape[1]
     PARTS: gl.constexpr = q_latent.shape[0]
     BLOCK_ROWS: gl.constexpr = q_latent.shape[1]
     MESSAGES: gl.constexpr = weights.shape[0]
     TOKEN_DIM: gl.constexpr = 1 if ROWS_FIRST else 0
-    N: gl.constexpr = 64 if ROWS_FIRST else BLOCK_ROWS
+    N: gl.constexpr = TILE if ROWS_FIRST else BLOCK_ROWS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     row_layout: gl.constexpr = gl.SliceLayout(TOKEN_DIM, layout)
     list_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row_block = gl.program_id(1)
     local_rows = gl.arange(0, BLOCK_ROWS, layout=row_layout)
     query_token = (row_block * BLOCK_ROWS + local_rows) // num_heads
-    tokens = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1 - TOKEN_DIM, layout)), TOKEN_DIM ^ 1)
+    tokens = gl.expand_dims(gl.arange(0, TILE, layout=gl.SliceLayout(1 - TOKEN_DIM, layout)), TOKEN_DIM ^ 1)
 
-    seqs, lens, seq_tiles, ends, tile, share_end = work_list(lens_ptr, num_seqs, BLOCK_SEQS, list_layout)
+    seqs, lens, seq_tiles, ends, tile, share_end = work_list(lens_ptr, num_seqs, TILE, BLOCK_SEQS, list_layout)
     slot, phase, message, message_phase = 0, 0, 0, 0
     while tile < share_end:
         seq, seq_start, length = segment(seqs, lens, seq_tiles, ends, tile)
-        seq_end = seq_start + (length + 63) // 64
+        seq_end = seq_start + (length + TILE - 1) // TILE
         segment_end = gl.minimum(share_end, seq_end)
         q_base = q_ptr + seq.to(gl.int64) * q_stride_b
         _load_queries(q_base, q_latent, q_rope, row_block, num_rows, num_heads, q_stride_t, q_stride_n)
         largest = gl.full([BLOCK_ROWS], NEG_INF, gl.float32, row_layout)
         if ROWS_FIRST:
-            total = gl.zeros([BLOCK_ROWS, 64], gl.float32, layout)
+            total = gl.zeros([BLOCK_ROWS, TILE], gl.float32, layout)
         else:
-            total = gl.zeros([64, BLOCK_ROWS], gl.float32, layout)
+            total = gl.zeros([TILE, BLOCK_ROWS], gl.float32, layout)
         for place in range(tile - seq_start, segment_end - seq_start):
-            valid = length - place * 64
+            valid = length - place * TILE
             mbarrier.wait(full.index(slot), phase)
             score = _score(latent, k_rope, slot, q_latent, q_rope, layout, ROWS_FIRST)
             # the last token that each row sees, counted from the tile's first
@@ -132,7 +145,7 @@ def scores(
             # summed over the tokens only once, at the end: until then every thread keeps its own
             total = total * gl.expand_dims(decay, TOKEN_DIM) + weight
             largest = new_largest
-            if valid < 64:
+            if valid < TILE:
                 for part in gl.static_range(PARTS):
                     _clear_rows(latent.index(slot * PARTS + part), valid)
             mbarrier.wait(heard.index(message), message_phase ^ 1)
@@ -166,6 +179,7 @@ def values(
 ):
     """Gather one part of the columns by the weights, tile after tile, and write each segment's result."""
     SLOTS: gl.constexpr = latent.shape[0] // PARTS
+    TILE: gl.constexpr = latent.shape[1]
     COLUMNS: gl.constexpr = latent.shape[2]
     MESSAGES: gl.constexpr = weights.shape[0]
     BLOCK_ROWS: gl.constexpr = factors.shape[1]
@@ -180,11 +194,11 @@ def values(
     columns = gl.expand_dims(columns, ROW_DIM)
     row_block = gl.program_id(1)
 
-    seqs, lens, seq_tiles, ends, tile, share_end = work_list(lens_ptr, num_seqs, BLOCK_SEQS, list_layout)
+    seqs, lens, seq_tiles, ends, tile, share_end = work_list(lens_ptr, num_seqs, TILE, BLOCK_SEQS, list_layout)
     slot, message, message_phase = 0, 0, 0
     while tile < share_end:
         seq, seq_start, length = segment(seqs, lens, seq_tiles, ends, tile)
-        seq_end = seq_start + (length + 63) // 64
+        seq_end = seq_start + (length + TILE - 1) // TILE
         segment_end = gl.minimum(share_end, seq_end)
         if ROWS_FIRST:
             out = gl.zeros([BLOCK_ROWS, COLUMNS], gl.float32, layout)

@@ -11,57 +11,34 @@ from ic_model.ops.mla_decode.hopper_list import advance, segment, work_list
 # Triton 3.9 has renamed it, and 3.6 to 3.8 have the old name only
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-# one piece of a tile for each lane of the warp
-_PREFETCH = gl.constexpr(
-    "{ .reg .u32 size; cvt.u32.u64 size, $2; cp.async.bulk.prefetch.L2.global [$1], size; mov.u32 $0, 0; }"
-)
-
-
-@gluon.jit
-def _prefetch(kv_ptr, row, token_bytes, layout: gl.constexpr):
-    """Ask for a tile's rows to come to the L2 cache, which reads them in the order in which they lie in memory.
-
-    The copy engine reads 128 bytes of each row at a time, which costs the memory's rows more openings.
-    """
-    lanes = gl.arange(0, 32, layout=layout)
-    piece = token_bytes.to(gl.int64) * 2
-    address = kv_ptr.to(gl.int64, bitcast=True) + row.to(gl.int64) * token_bytes + lanes * piece
-    gl.inline_asm_elementwise(
-        _PREFETCH, "=r,l,l", [address, lanes.to(gl.int64) * 0 + piece], dtype=gl.int32, is_pure=False, pack=1
-    )
-
 
 @gluon.jit
 def produce(
-    latent_desc, rope_desc, kv_ptr, table_ptr, lens_ptr, num_seqs, table_stride, page_rows, token_bytes,
+    latent_desc, rope_desc, table_ptr, lens_ptr, num_seqs, table_stride, page_rows,
     latent_ring, rope_ring, full, empty,
-    C: gl.constexpr, PAGE_TOKENS: gl.constexpr, BLOCK_SEQS: gl.constexpr, PREFETCH: gl.constexpr,
+    C: gl.constexpr, TILE: gl.constexpr, PAGE_TOKENS: gl.constexpr, BLOCK_SEQS: gl.constexpr,
 ):
     """Ask for the tiles of the share, one after the other, each as soon as there is room for it."""
     SLOTS: gl.constexpr = rope_ring.shape[0]
-    # fp8 tiles come in halves, which leaves more of the ring in flight
+    # fp8 tiles come in pieces, which leaves more of the ring in flight
     STEP: gl.constexpr = rope_ring.shape[1]
     PARTS: gl.constexpr = latent_ring.shape[0] // SLOTS
     COLUMNS: gl.constexpr = latent_ring.shape[2]
+    NUM_BYTES: gl.constexpr = PARTS * latent_desc.block_type.nbytes + rope_desc.block_type.nbytes
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    seqs, lens, seq_tiles, ends, tile, share_end = work_list(lens_ptr, num_seqs, BLOCK_SEQS, layout)
+    seqs, lens, seq_tiles, ends, tile, share_end = work_list(lens_ptr, num_seqs, TILE, BLOCK_SEQS, layout)
     slot, phase = 0, 0
     while tile < share_end:
         seq, seq_start, length = segment(seqs, lens, seq_tiles, ends, tile)
-        segment_end = gl.minimum(share_end, seq_start + (length + 63) // 64)
+        segment_end = gl.minimum(share_end, seq_start + (length + TILE - 1) // TILE)
         table = table_ptr + seq.to(gl.int64) * table_stride
-        last = segment_end - seq_start
-        for i in range(tile - seq_start, last):
-            token = i * 64
+        for i in range(tile - seq_start, segment_end - seq_start):
+            token = i * TILE
             row = gl.load(table + token // PAGE_TOKENS) * page_rows + token % PAGE_TOKENS
-            if PREFETCH > 0:
-                ahead = gl.minimum(i + PREFETCH, last - 1) * 64
-                ahead_row = gl.load(table + ahead // PAGE_TOKENS) * page_rows + ahead % PAGE_TOKENS
-                _prefetch(kv_ptr, ahead_row, token_bytes, layout)
-            for step in gl.static_range(64 // STEP):
+            for step in gl.static_range(TILE // STEP):
                 barrier = full.index(slot)
                 mbarrier.wait(empty.index(slot), phase ^ 1)
-                mbarrier.expect(barrier, PARTS * latent_desc.block_type.nbytes + rope_desc.block_type.nbytes)
+                mbarrier.expect(barrier, NUM_BYTES)
                 for part in gl.static_range(PARTS):
                     target = latent_ring.index(slot * PARTS + part)
                     async_load(latent_desc, [row + step * STEP, part * COLUMNS], barrier, target)
@@ -73,9 +50,9 @@ def produce(
 @gluon.jit
 def widen(
     lens_ptr, num_seqs, latent_ring, rope_ring, ring_full, ring_empty, latent_wide, rope_wide, full, empty,
-    BLOCK_SEQS: gl.constexpr,
+    TILE: gl.constexpr, BLOCK_SEQS: gl.constexpr,
 ):
-    """Widen fp8 half tiles to float16; every e4m3 number is one."""
+    """Widen fp8 pieces of tiles to float16; every e4m3 number is one."""
     SLOTS: gl.constexpr = rope_ring.shape[0]
     WIDE_SLOTS: gl.constexpr = rope_wide.shape[0]
     STEP: gl.constexpr = rope_ring.shape[1]
@@ -83,10 +60,10 @@ def widen(
     dtype: gl.constexpr = latent_wide.dtype
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     list_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    _seqs, _lens, _tiles, _ends, tile, share_end = work_list(lens_ptr, num_seqs, BLOCK_SEQS, list_layout)
+    _seqs, _lens, _tiles, _ends, tile, share_end = work_list(lens_ptr, num_seqs, TILE, BLOCK_SEQS, list_layout)
     slot, phase, wide_slot, wide_phase = 0, 0, 0, 0
     for _ in range(tile, share_end):
-        for step in gl.static_range(64 // STEP):
+        for step in gl.static_range(TILE // STEP):
             mbarrier.wait(ring_full.index(slot), phase)
             if step == 0:
                 mbarrier.wait(empty.index(wide_slot), wide_phase ^ 1)

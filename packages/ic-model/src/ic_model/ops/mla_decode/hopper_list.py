@@ -1,4 +1,4 @@
-"""What every group of warps of the kernel for Hopper knows for itself: its place in the list of tiles, and in a ring."""
+"""What every group of warps of the kernel for Hopper knows: its place in the list of tiles, and in a ring."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def work_list(lens_ptr, num_seqs, BLOCK_SEQS: gl.constexpr, layout: gl.constexpr):
+def work_list(lens_ptr, num_seqs, TILE: gl.constexpr, BLOCK_SEQS: gl.constexpr, layout: gl.constexpr):
     """The sequences: number, length, tiles, and where those end in the list; and this program's share of it."""
     seqs = gl.arange(0, BLOCK_SEQS, layout=layout)
     lens = gl.load(lens_ptr + seqs, mask=seqs < num_seqs, other=0)
-    seq_tiles = (lens + 63) // 64
+    seq_tiles = (lens + TILE - 1) // TILE
     ends = gl.associative_scan(seq_tiles, 0, _add)
     tiles = gl.sum(seq_tiles, 0)
     share = tiles_per_program(tiles, gl.max(seq_tiles, 0), gl.num_programs(0))
@@ -45,7 +45,7 @@ def segment(seqs, lens, seq_tiles, ends, tile):
 
 @gluon.jit
 def ring_barriers(SLOTS: gl.constexpr, READERS: gl.constexpr):
-    """For each place of a ring a barrier for "is full", and one for "may be overwritten, as far as its readers go"."""
+    """For each place of a ring a barrier for "is full", and one for "its readers are done"."""
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):

@@ -24,8 +24,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def tiles_per_program(tiles, longest, programs):
     """A program's share of the list: program g has the tiles from g times this on.
 
-    The least that is enough, or up to a sixteenth more where that cuts the longest sequence, and with it all as long
-    as it, in equal pieces or gives each program whole ones: reading is what takes the time, so that a few idle
+    The least that is enough, or up to a sixteenth more where that cuts the longest sequence, and with it all of its
+    length, in equal pieces or gives each program whole ones: reading is what takes the time, so that a few idle
     programs cost nothing, but each piece more is written out, read again and combined.
 
     Args:
@@ -242,6 +242,52 @@ def decode_kernel(
 
 
 @triton.jit
+def _combine_columns(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, programs, num_rows,
+    row_block, seq, first, last, own_tiles, column,
+    KV_LORA_RANK: tl.constexpr, PARTIAL_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):
+    """Combine the programs `first` to `last` for one block of columns, from `column` on."""
+    # columns and rows in one dimension, as they lie in memory
+    flat = tl.arange(0, BLOCK_COLUMNS * BLOCK_ROWS)
+    row = flat % BLOCK_ROWS
+    largest = tl.full([BLOCK_COLUMNS * BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_COLUMNS * BLOCK_ROWS], tl.float32)
+    out = tl.zeros([BLOCK_COLUMNS * BLOCK_ROWS], tl.float32)
+    splits_end = tl.where(own_tiles == 0, first, last + 1)
+    for start in range(first, splits_end, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        there = (split <= last)[:, None]
+        # the first program of a sequence holds its beginning
+        slot = ((row_block * programs + split) * 2 + (split == first).to(tl.int32)).to(tl.int64)[:, None]
+        lse = tl.load(partial_lse_ptr + slot * BLOCK_ROWS + row[None, :], mask=there, other=float("-inf"))
+        part = tl.load(
+            partial_ptr + (slot * PARTIAL_COLUMNS + column) * BLOCK_ROWS + flat[None, :], mask=there, other=0.0
+        )
+        new_largest = tl.maximum(largest, tl.max(lse, 0))
+        anchor = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        decay = tl.exp2(largest - anchor)
+        weights = tl.exp2(lse - anchor[None, :])
+        total = total * decay + tl.sum(weights, 0)
+        out = out * decay + tl.sum(part * weights, 0)
+        largest = new_largest
+    out = out / tl.where(total > 0, total, 1.0)
+    lse = largest + tl.log2(total)
+    # rows and columns apart again, so that what is written is contiguous, too
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = column + tl.arange(0, BLOCK_COLUMNS)
+    out_rows = seq.to(tl.int64) * num_rows + rows
+    there = (rows < num_rows)[:, None] & (columns < KV_LORA_RANK)[None, :]
+    out = tl.trans(tl.reshape(out, [BLOCK_COLUMNS, BLOCK_ROWS])).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_rows[:, None] * KV_LORA_RANK + columns[None, :], out, mask=there)
+    if column == 0:
+        flat_rows = seq.to(tl.int64) * num_rows + row_block * BLOCK_ROWS + row
+        once = (flat < BLOCK_ROWS) & (row_block * BLOCK_ROWS + row < num_rows)
+        tl.store(lse_ptr + flat_rows, lse * LN_2, mask=once)
+
+
+@triton.jit
 def combine_kernel(
     partial_ptr, partial_lse_ptr, lens_ptr, out_ptr, lse_ptr,
     programs, num_seqs, num_rows,
@@ -249,10 +295,11 @@ def combine_kernel(
     BLOCK_ROWS: tl.constexpr, BLOCK_SEQS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):
-    """Combine the partial results of one sequence for one block of rows and one of columns.
+    """Combine the partial results of one sequence for one block of rows.
 
-    Grid: (blocks of columns, blocks of rows, sequences). Also writes what belongs to an empty sequence: zeros and
-    -inf. A partial result is `[PARTIAL_COLUMNS, BLOCK_ROWS]`, so that a program's part of it is contiguous.
+    Grid: (programs among which the columns are shared out, blocks of rows, sequences). Also writes what belongs
+    to an empty sequence: zeros and -inf. A partial result is `[PARTIAL_COLUMNS, BLOCK_ROWS]`, so that a program's
+    part of it is contiguous.
     """
     row_block = tl.program_id(1)
     seq = tl.program_id(2)
@@ -270,40 +317,10 @@ def combine_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if (own_tiles == 0) | (first < last):
-        # columns and rows in one dimension, as they lie in memory
-        flat = tl.arange(0, BLOCK_COLUMNS * BLOCK_ROWS)
-        row = flat % BLOCK_ROWS
-        column = tl.program_id(0) * BLOCK_COLUMNS
-        largest = tl.full([BLOCK_COLUMNS * BLOCK_ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_COLUMNS * BLOCK_ROWS], tl.float32)
-        out = tl.zeros([BLOCK_COLUMNS * BLOCK_ROWS], tl.float32)
-        splits_end = tl.where(own_tiles == 0, first, last + 1)
-        for start in range(first, splits_end, BLOCK_SPLITS):
-            split = start + tl.arange(0, BLOCK_SPLITS)
-            there = (split <= last)[:, None]
-            # the first program of a sequence holds its beginning
-            slot = ((row_block * programs + split) * 2 + (split == first).to(tl.int32)).to(tl.int64)[:, None]
-            lse = tl.load(partial_lse_ptr + slot * BLOCK_ROWS + row[None, :], mask=there, other=float("-inf"))
-            part = tl.load(
-                partial_ptr + (slot * PARTIAL_COLUMNS + column) * BLOCK_ROWS + flat[None, :], mask=there, other=0.0
+        for column in range(
+            tl.program_id(0) * BLOCK_COLUMNS, KV_LORA_RANK, tl.num_programs(0) * BLOCK_COLUMNS
+        ):
+            _combine_columns(
+                partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, programs, num_rows, row_block, seq, first, last,
+                own_tiles, column, KV_LORA_RANK, PARTIAL_COLUMNS, BLOCK_ROWS, BLOCK_SPLITS, BLOCK_COLUMNS,
             )
-            new_largest = tl.maximum(largest, tl.max(lse, 0))
-            anchor = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            decay = tl.exp2(largest - anchor)
-            weights = tl.exp2(lse - anchor[None, :])
-            total = total * decay + tl.sum(weights, 0)
-            out = out * decay + tl.sum(part * weights, 0)
-            largest = new_largest
-        out = out / tl.where(total > 0, total, 1.0)
-        lse = largest + tl.log2(total)
-        # rows and columns apart again, so that what is written is contiguous, too
-        rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        columns = column + tl.arange(0, BLOCK_COLUMNS)
-        out_rows = seq.to(tl.int64) * num_rows + rows
-        there = (rows < num_rows)[:, None] & (columns < KV_LORA_RANK)[None, :]
-        out = tl.trans(tl.reshape(out, [BLOCK_COLUMNS, BLOCK_ROWS])).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + out_rows[:, None] * KV_LORA_RANK + columns[None, :], out, mask=there)
-        if tl.program_id(0) == 0:
-            flat_rows = seq.to(tl.int64) * num_rows + row_block * BLOCK_ROWS + row
-            once = (flat < BLOCK_ROWS) & (row_block * BLOCK_ROWS + row < num_rows)
-            tl.store(lse_ptr + flat_rows, lse * LN_2, mask=once)

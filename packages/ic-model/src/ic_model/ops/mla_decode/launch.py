@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,6 +18,8 @@ OP = "mla_decode"
 ROPE_DIM = 64
 # tokens per tile of the kernel for Hopper: what one instruction of a warpgroup takes
 HOPPER_TILE_TOKENS = 64
+# of the kernel that combines, per multiprocessor
+COMBINE_PROGRAMS = 4
 # the interpreter has no multiprocessors; a few programs show the splitting
 INTERPRETED_PROCESSORS = 4
 # Triton is told so; without it rows are read number by number, and on Hopper Triton 3.6 compiles that wrongly
@@ -55,23 +57,10 @@ def triton_refuses(
     return reason
 
 
-def hopper_refuses(q: torch.Tensor, kv_cache: torch.Tensor, **others: Any) -> str | None:
-    """Say why the kernel for Hopper cannot take these arguments, or None."""
-    if kv_cache.dtype == FP8:
-        return "its fp8 form goes by the name hopper_fp8"
-    return _hopper_refuses(q, kv_cache, **others)
-
-
-def hopper_fp8_refuses(q: torch.Tensor, kv_cache: torch.Tensor, **others: Any) -> str | None:
-    """Say why the kernel for Hopper cannot take these arguments as fp8 rows, or None."""
-    if kv_cache.dtype != FP8:
-        return f"kv_cache is {kv_cache.dtype}; accepted: {FP8}"
-    return _hopper_refuses(q, kv_cache, **others)
-
-
-def _hopper_refuses(
+def hopper_refuses(
     q: torch.Tensor, kv_cache: torch.Tensor, *, kv_lora_rank: int, **others: Any
 ) -> str | None:
+    """Say why the kernel for Hopper cannot take these arguments, or None."""
     reason = triton_refuses(q, kv_cache, kv_lora_rank=kv_lora_rank, **others)
     if reason is not None:
         return reason
@@ -221,17 +210,15 @@ def mla_decode_hopper(
     parameters = launch_parameters(OP, q.device, kernel="hopper", **shape)
     split = _split(q, parameters["block_rows"], HOPPER_TILE_TOKENS)
     page_stride, token_stride, _ = kv_cache.stride()
-    constants = hopper_constants(parameters, query_tokens, kv_lora_rank, kv_cache.shape[1])
-    if token_stride != row_dim:
-        # what is asked for ahead of time lies in one piece
-        constants["PREFETCH"] = 0
+    constants = hopper_constants(
+        parameters, query_tokens, kv_lora_rank, kv_cache.shape[1], kv_cache.element_size()
+    )
 
     def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if parameters["max_registers"]:
             options = {**options, "maxnreg": parameters["max_registers"]}
         decode_hopper_kernel[(split.programs, split.row_blocks)](
-            *_descriptors(kv_cache, kv_lora_rank, split.block_rows),
-            kv_cache,
+            *_descriptors(kv_cache, kv_lora_rank, constants),
             q,
             block_table,
             seq_lens,
@@ -243,7 +230,6 @@ def mla_decode_hopper(
             split.rows,
             *q.stride()[:3],
             page_stride // token_stride,
-            token_stride * kv_cache.element_size(),
             block_table.stride(0),
             **constants,
             BLOCK_SEQS=split.block_seqs,
@@ -256,7 +242,7 @@ def mla_decode_hopper(
 
 
 def hopper_constants(
-    parameters: dict[str, int], query_tokens: int, kv_lora_rank: int, page_tokens: int
+    parameters: dict[str, int], query_tokens: int, kv_lora_rank: int, page_tokens: int, kv_bytes: int
 ) -> dict[str, Any]:
     """The compile-time arguments of the kernel for Hopper that do not depend on the batch."""
     return {
@@ -264,28 +250,27 @@ def hopper_constants(
         "C": kv_lora_rank,
         "PAGE_TOKENS": page_tokens,
         "BLOCK_ROWS": parameters["block_rows"],
+        "TILE": HOPPER_TILE_TOKENS,
+        # fp8 tiles come in halves
+        "STEP": HOPPER_TILE_TOKENS * kv_bytes // 2,
+        # with 64 rows the sums of 256 columns are what the registers of four warps hold
+        "PARTS": 2 if parameters["block_rows"] >= 64 and kv_lora_rank > 256 else 1,
         "SLOTS": parameters["slots"],
         "WIDE_SLOTS": parameters["wide_slots"],
         "MESSAGES": parameters["messages"],
-        "PREFETCH": parameters["prefetch"],
         "VALUE_REGISTERS": parameters["value_registers"],
     }
 
 
 def descriptor_blocks(
-    kv_lora_rank: int, element_bytes: int, block_rows: int
+    kv_lora_rank: int, element_bytes: int, constants: Mapping[str, Any]
 ) -> list[tuple[list[int], int]]:
     """Block shape and swizzle, in bytes, of the descriptors for latent and rope columns."""
-    # fp8 tiles come in halves
-    tokens = HOPPER_TILE_TOKENS * element_bytes // 2
-    # with 64 rows the sums of 256 columns are what the registers of four warps hold
-    latent_columns = min(kv_lora_rank, 256) if block_rows >= 64 else kv_lora_rank
-    return [
-        ([tokens, columns], min(columns * element_bytes, 128)) for columns in (latent_columns, ROPE_DIM)
-    ]
+    widths = (kv_lora_rank // constants["PARTS"], ROPE_DIM)
+    return [([constants["STEP"], columns], min(columns * element_bytes, 128)) for columns in widths]
 
 
-def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int, block_rows: int) -> list[Any]:
+def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int, constants: Mapping[str, Any]) -> list[Any]:
     """For the copy engine: all rows of all pages as one matrix, read in blocks."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -299,7 +284,7 @@ def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int, block_rows: int) -> 
         TensorDescriptor(
             matrix, [rows, row_dim], [token_stride, 1], block, NVMMASharedLayout(swizzle, bits, 2)
         )
-        for block, swizzle in descriptor_blocks(kv_lora_rank, kv_cache.element_size(), block_rows)
+        for block, swizzle in descriptor_blocks(kv_lora_rank, kv_cache.element_size(), constants)
     ]
 
 
@@ -343,7 +328,8 @@ def _run(
     lse = torch.empty(batch, query_tokens, heads, dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    parameters = launch_parameters(OP, q.device, kernel="combine")
+    shape = {"kv_lora_rank": kv_lora_rank, "block_rows": split.block_rows, "batch": batch}
+    parameters = launch_parameters(OP, q.device, kernel="combine", **shape)
     constants = split.combine_constants(kv_lora_rank, parameters)
     slots = split.row_blocks * 2 * split.programs
     shape = (slots, constants["PARTIAL_COLUMNS"], split.block_rows)
@@ -353,8 +339,13 @@ def _run(
     overlaps = _capability(q.device) >= (9, 0)
     options = {"launch_pdl": True} if overlaps else {}
     launch((out, lse, partial, partial_lse), options)
-    grid = (triton.cdiv(kv_lora_rank, constants["BLOCK_COLUMNS"]), split.row_blocks, batch)
-    combine_kernel[grid](
+    # a few programs per multiprocessor: often there is nothing to combine, and then each one is in vain
+    pieces = split.row_blocks * batch
+    column_programs = min(
+        triton.cdiv(kv_lora_rank, constants["BLOCK_COLUMNS"]),
+        triton.cdiv(COMBINE_PROGRAMS * split.processors, pieces),
+    )
+    combine_kernel[(column_programs, split.row_blocks, batch)](
         partial,
         partial_lse,
         seq_lens,
