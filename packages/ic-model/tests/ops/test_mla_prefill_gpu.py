@@ -128,7 +128,8 @@ def test_kernel_for_hopper(dtype, causal):
 def test_one_packed_sequence_is_dense_for_cudnn(monkeypatch):
     """Taken by itself where the caller says that the sequence fills the tensors, and nowhere else."""
     tokens, taken = 700, []
-    tensors = inputs(tokens, 4)
+    # not the rows of the kernel for Hopper, which would come first
+    tensors = inputs(tokens, 4, (128, 128))
     options = arguments((tokens,))
     original = sdpa.mla_prefill_cudnn
     monkeypatch.setattr(sdpa, "mla_prefill_cudnn", lambda *a, **b: taken.append(1) or original(*a, **b))
@@ -151,7 +152,9 @@ def test_one_packed_sequence_is_dense_for_cudnn(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["triton", GLUON])
-def test_runs_are_equal_bit_by_bit(implementation):
+def test_runs_are_equal_bit_by_bit(implementation, monkeypatch):
+    # where nobody asks for that, the kernel for Hopper adds up dQ in any order
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     lengths = (3000, 17, 1000)
     tensors = inputs(sum(lengths), 8)
     first = run(tensors, implementation, **arguments(lengths))
@@ -185,8 +188,9 @@ def test_graph_replays_with_other_lengths(implementation):
         for part in recorded:
             part.fill_(torch.nan)
         graph.replay()
-        for actual, wanted in zip(recorded, step(), strict=True):
-            assert_close(actual, wanted, "exact")
+        for name, actual, wanted in zip(("out", "dq", "dk", "dv"), recorded, step(), strict=True):
+            any_order = implementation == "gluon" and name == "dq"
+            assert_close(actual, wanted, "bf16_attention" if any_order else "exact", what=name)
 
 
 @pytest.mark.parametrize("implementation", ["triton", GLUON])

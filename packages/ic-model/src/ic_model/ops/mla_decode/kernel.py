@@ -24,7 +24,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def tiles_per_program(tiles, longest, programs):
     """A program's share of the list: program g has the tiles from g times this on.
 
-    The least that is enough, or up to a sixteenth more where that cuts the longest sequence, and with it all of its
+    The least that is enough, or up to a sixteenth more where that cuts the longest sequence, and all others of its
     length, in equal pieces or gives each program whole ones: reading is what takes the time, so that a few idle
     programs cost nothing, but each piece more is written out, read again and combined.
 

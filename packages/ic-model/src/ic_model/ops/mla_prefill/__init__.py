@@ -15,12 +15,10 @@ from ic_model.ops.mla_prefill.reference import merge_attention
 __all__ = ["merge_attention", "mla_prefill", "mla_prefill_dense"]
 
 # What is tried, in this order, by compute capability from which on; who cannot take the arguments is passed over.
-# 90: on an NVIDIA H200 cuDNN is the fastest, "triton" next and "torch" far behind (docs/log.md, 2026-11-24), but
-# the tests of "cudnn" here have not run on a GPU yet; "triton" has been compared there. 80 and 89: not measured;
-# PyTorch lets cuDNN take 192/128 only from 90 on. 75: not measured; stock Triton has no tensor cores there, nor
-# has cuDNN an attention. "gluon" is by name only.
+# 90: by speed on an NVIDIA H100 (docs/log.md, 2026-11-25). 80 and 89: not measured; PyTorch lets cuDNN take 192/128
+# only from 90 on. 75: not measured; stock Triton has no tensor cores there, nor has cuDNN an attention.
 AUTOMATIC_ORDER = {
-    90: ("triton", "cudnn", "torch", "reference"),
+    90: ("gluon", "cudnn", "triton", "torch", "reference"),
     80: ("triton", "torch", "reference"),
     0: ("torch", "triton", "reference"),
 }
