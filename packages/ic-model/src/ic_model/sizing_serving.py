@@ -20,7 +20,6 @@ from ic_model.sizing import (
     kv_numbers_per_token,
     parameter_count,
 )
-from ic_model.weights import tensor_shapes
 
 if TYPE_CHECKING:
     from ic_model.configuration import ICConfig
@@ -268,12 +267,3 @@ def longest_context(config: ICConfig, *, usable_bytes: float, kv_dtype: str, **s
     page_bytes = one.kv_cache // 2
     pages = int((usable_bytes - (one.total - one.kv_cache)) // page_bytes) - 1
     return max(0, min(pages * PAGE_TOKENS, config.max_position_embeddings))
-
-
-def checkpoint_numbers(config: ICConfig) -> dict[str, int]:
-    """Numbers in linear layers, which quantisation makes smaller, and in all others."""
-    shapes = tensor_shapes(config)
-    linear = sum(
-        math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.endswith("proj.weight")
-    )
-    return {"linear": linear, "other": parameter_count(config) - linear}

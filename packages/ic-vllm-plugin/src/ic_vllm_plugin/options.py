@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SECTION = "infinite_context"
-DECODE = ("hopper", "hopper_fp8", "turing", "triton", "reference")
+DECODE = ("hopper", "turing", "triton", "reference")
 PREFILL = ("flash_attn", "ops", "cudnn", "triton", "gluon", "torch", "reference")
 MAX_WORKSPACE_MIB = 65536
 
