@@ -16,7 +16,13 @@ from transformers import AutoTokenizer
 
 from ic_train import heal
 from ic_train.data.text import write_corpus
-from ic_train.trainers.distillation import DistillationWeights, chunk_losses, hidden_distance
+from ic_train.trainers import distillation_loss
+from ic_train.trainers.distillation_loss import (
+    IGNORED,
+    DistillationWeights,
+    hidden_distance,
+    token_losses,
+)
 
 RECIPE = Path(__file__).parent / "recipes" / "heal.yaml"
 
@@ -103,7 +109,7 @@ def test_a_time_limit_ends_the_run_and_the_learning_rate_with_it(
     steps = steps_of(tmp_path / "out")
     assert 1 < len(steps) < 100_000
     rates = [step["learning_rate"] for step in steps]
-    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.6 * rates[0]
     assert json.loads((tmp_path / "out" / heal.RECORD_FILE).read_text())["wall_s"] < 30
 
 
@@ -113,19 +119,38 @@ def test_text_alone_needs_no_teacher(folders: dict[str, Path], tmp_path: Path) -
     assert "distillation_loss" not in steps_of(tmp_path / "out")[-1]
 
 
-def test_losses_against_plain_formulas() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_and_gradients_against_plain_formulas(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation_loss, "CHUNK_TOKENS", 4)
     torch.manual_seed(0)
     student, teacher, head, other = (torch.randn(*shape) for shape in ((9, 6), (9, 6), (11, 6), (11, 6)))
+    student.requires_grad_()
+    head.requires_grad_()
     labels = torch.randint(11, (9,))
-    weights = DistillationWeights(text=1.0, logits=1.0, temperature=2.0)
-    text, kl = chunk_losses(student, head, labels, teacher, other, weights)
+    labels[3] = IGNORED
+    weights = DistillationWeights(text=0.3, logits=0.7, temperature=temperature)
+    total, text, kl = token_losses(student, head, labels, teacher, other, weights)
     found, wanted = student @ head.T, teacher @ other.T
-    assert text.item() == pytest.approx(F.cross_entropy(found, labels, reduction="sum").item(), rel=1e-5)
-    p, q = (wanted / 2).softmax(-1), (found / 2).softmax(-1)
-    assert kl.item() == pytest.approx(4 * (p * (p / q).log()).sum().item(), rel=1e-4)
-    same = (torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
+    expected_text = F.cross_entropy(found, labels)
+    p, q = (wanted / temperature).softmax(-1), (found / temperature).softmax(-1)
+    divergences = temperature**2 * (p * (p / q).log()).sum(-1)
+    expected_kl = divergences[labels != IGNORED].mean()
+    torch.testing.assert_close(text, expected_text.detach())
+    torch.testing.assert_close(kl, expected_kl.detach())
+    own = torch.autograd.grad(2 * total, (student, head))
+    plain = torch.autograd.grad(2 * (0.3 * expected_text + 0.7 * expected_kl), (student, head))
+    torch.testing.assert_close(own, plain)
+    assert total.item() == pytest.approx(0.3 * text.item() + 0.7 * kl.item())
+    alone, text, kl = token_losses(student, head, labels, None, None, DistillationWeights())
+    assert alone.item() == text.item() and kl.item() == 0
+
+
+def test_distance_of_hidden_states() -> None:
+    same = [torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)]
     assert hidden_distance(same, same).item() == 0
-    assert hidden_distance((torch.zeros(1, 2, 3),), (torch.full((1, 2, 3), 2.0),)).item() == 1
+    assert hidden_distance([torch.zeros(1, 2, 3)], [torch.full((1, 2, 3), 2.0)]).item() == 1
 
 
 def test_a_lossless_student_has_no_distance_to_its_teacher(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ from transformers import (
 from ic_train.data.packing import PackedText
 from ic_train.data.text import load_token_corpus
 from ic_train.results import commit, device_name
-from ic_train.trainers.distillation import DistillationTrainer, DistillationWeights, TimeLimit
+from ic_train.trainers.distillation import OPTIMIZERS, DistillationTrainer, TimeLimit
+from ic_train.trainers.distillation_loss import DistillationWeights
+from ic_train.trainers.padded_attention import register_padded_sdpa
 
 RECORD_FILE = "training.json"
 _CARRIED = ("conversion.json", "conversion.png", "generation_config.json")
@@ -46,13 +48,17 @@ class HealArguments:
 
     Args:
         model: checkpoint folder of the converted model.
-        attn_implementation: how transformers computes the expanded attention.
+        attn_implementation: how transformers computes the expanded attention; "sdpa_padded" pads values to the
+            keys' width, which PyTorch's flash attention on a GPU wants.
         teacher: folder of the source model, or a GGUF file; empty: no distillation.
         text_weight: weight of the cross entropy of the text's next token.
         distillation_weight: weight of KL(teacher, student) on the logits; needs a teacher.
         hidden_weight: weight of the mean over layers of the squared distance of hidden states, relative to the
             teacher's; needs a teacher with as many layers of the same width.
         temperature: of both distributions in the KL.
+        train_embeddings: train the token embeddings and the output projection, too.
+        optimizer: "adamw", or "muon" for the matrices inside the blocks and AdamW for the rest.
+        compile_layers: compile the blocks of model and teacher, and the loss: worth its time in runs of minutes.
         max_seconds: stop after so long, whatever the steps; the learning rate's schedule then follows the
             clock. 0: train all steps.
     """
@@ -64,6 +70,9 @@ class HealArguments:
     distillation_weight: float = 0.0
     hidden_weight: float = 0.0
     temperature: float = 1.0
+    train_embeddings: bool = True
+    optimizer: str = "adamw"
+    compile_layers: bool = False
     max_seconds: float = 0.0
 
 
@@ -137,9 +146,13 @@ def heal(
         ValueError: model, teacher and text do not go together.
     """
     set_seed(training_arguments.seed)
+    register_padded_sdpa()
     model = ICForCausalLM.from_pretrained(
         arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation
     )
+    if not arguments.train_embeddings:
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(False)
     teacher = load_teacher(arguments, model) if arguments.teacher else None
     # the collator makes labels, which the trainer would not find among the columns
     training_arguments.remove_unused_columns = False
@@ -155,6 +168,8 @@ def heal(
             temperature=arguments.temperature,
         ),
         callbacks=[TimeLimit(arguments.max_seconds)] if arguments.max_seconds else [],
+        optimizer=arguments.optimizer,
+        compile_layers=arguments.compile_layers,
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=training_arguments.resume_from_checkpoint)
@@ -207,8 +222,8 @@ def _gguf_teacher(path: Path) -> PreTrainedModel:
     return teacher
 
 
-def _check(heal_arguments: HealArguments, text: TextArguments, training: TrainingArguments) -> PackedText:
-    """Refuse what does not go together; the data."""
+def _check_losses(heal_arguments: HealArguments) -> None:
+    """Refuse losses that do not go together."""
     for name in ("text_weight", "distillation_weight", "hidden_weight"):
         if getattr(heal_arguments, name) < 0:
             raise ValueError(f"{name} is {getattr(heal_arguments, name)}; it must be at least 0")
@@ -221,8 +236,15 @@ def _check(heal_arguments: HealArguments, text: TextArguments, training: Trainin
         raise ValueError(
             "text_weight, distillation_weight and hidden_weight are all 0; nothing would be learnt"
         )
+    if heal_arguments.optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {heal_arguments.optimizer!r}; accepted: {', '.join(OPTIMIZERS)}")
     if heal_arguments.temperature <= 0:
         raise ValueError(f"temperature is {heal_arguments.temperature}; it must be above 0")
+
+
+def _check(heal_arguments: HealArguments, text: TextArguments, training: TrainingArguments) -> PackedText:
+    """Refuse what does not go together; the data."""
+    _check_losses(heal_arguments)
     if not (Path(heal_arguments.model) / "config.json").is_file():
         raise ValueError(
             f"model is {heal_arguments.model!r}; it must be the folder of a converted checkpoint"
@@ -277,11 +299,13 @@ def _save(trainer: DistillationTrainer, arguments: HealArguments, data: PackedTe
         "distillation_weight": arguments.distillation_weight,
         "hidden_weight": arguments.hidden_weight,
         "temperature": arguments.temperature,
+        "train_embeddings": arguments.train_embeddings,
         "tokens_per_sequence": data.tokens_per_sequence,
         "tokens": tokens,
         "corpora": data.records,
         "seed": trainer.args.seed,
-        "optimizer": {
+        "optimizer": {"name": arguments.optimizer}
+        | {
             name: str(getattr(trainer.args, name))
             for name in (
                 "optim",

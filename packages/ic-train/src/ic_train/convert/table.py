@@ -21,9 +21,10 @@ from ic_train.convert.run import convert
 from ic_train.convert.source import Source, open_source
 from ic_train.evaluation.haystack import load_haystack
 from ic_train.evaluation.passkey import evaluate_passkey
-from ic_train.results import new_result_folder, write_result
+from ic_train.results import device_name, new_result_folder, write_result
 
 PAIRS = ("256:64", "192:64", "128:64", "128:32", "64:16")
+PASSKEY_STAGES = ("source", "converted", "healed")
 TOPIC = "conversion"
 
 Row = dict[str, Any]
@@ -57,7 +58,14 @@ def add_convert_table(commands: Any) -> None:
         metavar="RECIPE",
         help="recipe of ic_train.heal; without it, nothing is healed",
     )
-    add("--heal-seconds", type=float, default=1200.0, metavar="S", help="time for each (default: 1200)")
+    add(
+        "--heal-seconds",
+        type=float,
+        nargs="+",
+        default=[1200.0],
+        metavar="S",
+        help="time for each, or one time for every pair (default: 1200)",
+    )
     add("--corpora", nargs="+", default=[], metavar="DIR", help="packed corpora to heal on")
     add(
         "--passkey-tokens",
@@ -66,6 +74,13 @@ def add_convert_table(commands: Any) -> None:
         default=[],
         metavar="N",
         help="context lengths at which pass keys are asked for (default: none)",
+    )
+    add(
+        "--passkey-stages",
+        nargs="+",
+        choices=PASSKEY_STAGES,
+        default=list(PASSKEY_STAGES),
+        help="models that are asked (default: all)",
     )
     add("--passkey-contexts", type=int, default=10, help="contexts per length (default: 10)")
     add("--passkey-keys", type=int, default=3, help="pass keys in each (default: 3)")
@@ -83,6 +98,12 @@ def _run(options: argparse.Namespace) -> int:
     pairs = [_pair(text) for text in options.pairs]
     if options.heal_config and not options.corpora:
         raise ValueError("--heal-config is given; --corpora must say what to heal on")
+    seconds = options.heal_seconds * (len(pairs) if len(options.heal_seconds) == 1 else 1)
+    if len(seconds) != len(pairs) or min(seconds) <= 0:
+        raise ValueError(
+            f"--heal-seconds is {options.heal_seconds}; it must be one number above 0, or one for each of "
+            f"{len(pairs)} pairs"
+        )
     options.work.mkdir(parents=True, exist_ok=True)
     source = open_source(options.source)
     folder = new_result_folder(options.results, TOPIC)
@@ -95,20 +116,21 @@ def _run(options: argparse.Namespace) -> int:
         for row in new:
             print(_line(row), flush=True)
 
-    if options.passkey_tokens:
+    asked = options.passkey_stages if options.passkey_tokens else []
+    if "source" in asked:
         add(_passkey(options, _lossless(options, source), source.name))
-    for rank, rope in pairs:
+    for (rank, rope), heal_seconds in zip(pairs, seconds, strict=True):
         out = options.work / f"{rank}-{rope}"
         record = _converted(options, out, ConversionOptions(kv_lora_rank=rank, qk_rope_head_dim=rope))
         if not any(row.get("stage") == "source" for row in rows):
             add([_source_row(source, record)])
         add(_rows(source, record))
-        if options.passkey_tokens:
+        if "converted" in asked:
             add(_passkey(options, out, f"{source.name} {rank}+{rope}"))
         if options.heal_config:
-            healed = _heal(options, out)
+            healed = _heal(options, out, heal_seconds)
             add([_healed_row(options, source, record, healed)])
-            if options.passkey_tokens:
+            if "healed" in asked:
                 add(_passkey(options, healed, f"{source.name} {rank}+{rope} healed"))
     print(f"written: {folder}")
     return 0
@@ -122,7 +144,6 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _converted(options: argparse.Namespace, out: Path, wanted: ConversionOptions) -> Row:
-
     if (out / "conversion.json").is_file():
         return json.loads((out / "conversion.json").read_text())
     return convert(
@@ -188,7 +209,7 @@ def _sizes(source: Source, record: Row) -> Row:
     }
 
 
-def _heal(options: argparse.Namespace, converted: Path) -> Path:
+def _heal(options: argparse.Namespace, converted: Path, seconds: float) -> Path:
     healed = converted.with_name(f"{converted.name}-healed")
     if (healed / "training.json").is_file():
         return healed
@@ -196,7 +217,7 @@ def _heal(options: argparse.Namespace, converted: Path) -> Path:
     command += ["--cpu"] if options.device == "cpu" else []
     command += ["-m", "ic_train.heal", "--config", str(options.heal_config), "--model", str(converted)]
     command += ["--teacher", str(options.source), "--output_dir", str(healed)]
-    command += ["--max_seconds", str(options.heal_seconds), "--corpora", *options.corpora]
+    command += ["--max_seconds", str(seconds), "--corpora", *options.corpora]
     finished = subprocess.run(command, check=False)
     if finished.returncode:
         raise ValueError(
@@ -206,7 +227,6 @@ def _heal(options: argparse.Namespace, converted: Path) -> Path:
 
 
 def _healed_row(options: argparse.Namespace, source: Source, record: Row, healed: Path) -> Row:
-
     training = json.loads((healed / "training.json").read_text())
     windows = choose_windows(source.tokenizer, options.calibration, options.held_out, window_sizes(options))
     value = measured_perplexity(healed, windows.evaluation, options.device)
@@ -233,36 +253,46 @@ def measured_perplexity(checkpoint: Path, token_ids: torch.Tensor, device: str) 
 
 
 def _passkey(options: argparse.Namespace, checkpoint: Path, name: str) -> list[Row]:
+    """Pass keys found at every length; what was asked before is read back."""
     cuda = options.device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = ICForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(options.device).eval()
+    asked = {
+        "model": name,
+        "engine": "transformers",
+        "kv_dtype": str(dtype).removeprefix("torch."),
+        "task": "passkey",
+        "haystack": "jargon",
+    }
+    settings = [options.passkey_contexts, options.passkey_keys, options.seed, device_name()]
+    file = options.work / f"passkeys-{checkpoint.name}.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    tokenizer = model = None
     rows = []
     for context_tokens in options.passkey_tokens:
-        samples = list(
-            evaluate_passkey(
-                model,
-                tokenizer,
-                load_haystack("jargon"),
-                context_tokens=context_tokens,
-                num_contexts=options.passkey_contexts,
-                keys_per_context=options.passkey_keys,
-                seed=options.seed,
+        key = json.dumps([*asked.values(), context_tokens, *settings])
+        if key not in known:
+            if model is None:
+                tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+                model = ICForCausalLM.from_pretrained(checkpoint, dtype=dtype).to(options.device).eval()
+            samples = list(
+                evaluate_passkey(
+                    model,
+                    tokenizer,
+                    load_haystack("jargon"),
+                    context_tokens=context_tokens,
+                    num_contexts=options.passkey_contexts,
+                    keys_per_context=options.passkey_keys,
+                    seed=options.seed,
+                )
             )
-        )
-        rows.append(
-            {
-                "model": name,
-                "engine": "transformers",
-                "kv_dtype": str(dtype).removeprefix("torch."),
-                "task": "passkey",
-                "haystack": "jargon",
+            known[key] = asked | {
                 "context_tokens": context_tokens,
                 "correct": sum(sample["correct"] for sample in samples),
                 "total": len(samples),
                 "samples": samples,
             }
-        )
+            file.write_text(json.dumps(known))
+        rows.append(known[key])
     return rows
 
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ic_model.sizing import linear_flop_per_token
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
@@ -26,26 +23,10 @@ from transformers import (
 )
 
 from ic_train.metrics import peak_tflops, training_flop_per_token
+from ic_train.trainers.distillation_loss import IGNORED, DistillationWeights, hidden_distance, token_losses
+from ic_train.trainers.muon import MuonWithAdamW
 
-# logits of student and teacher are the largest tensors of all: this many tokens at a time
-CHUNK_TOKENS = 4096
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DistillationWeights:
-    """Weights of the losses, and the temperature of the KL.
-
-    Args:
-        text: of the cross entropy of the next token.
-        logits: of `temperature^2 KL(teacher, student)` (Hinton et al., arXiv 1503.02531).
-        hidden: of the relative squared distance of hidden states, a mean over layers.
-        temperature: of both distributions.
-    """
-
-    text: float = 1.0
-    logits: float = 0.0
-    hidden: float = 0.0
-    temperature: float = 1.0
+OPTIMIZERS = ("adamw", "muon")
 
 
 class DistillationTrainer(Trainer):
@@ -58,6 +39,8 @@ class DistillationTrainer(Trainer):
         teacher: frozen, or None.
         weights: of the losses.
         callbacks: see transformers.
+        optimizer: "adamw", which the arguments describe, or "muon" for the matrices inside the blocks.
+        compile_layers: compile the blocks of both models and the loss.
     """
 
     def __init__(
@@ -69,12 +52,21 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel | None,
         weights: DistillationWeights,
         callbacks: list[TrainerCallback],
+        optimizer: str = "adamw",
+        compile_layers: bool = False,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=callbacks)
+        self.optimizer_name = optimizer
+        self.compile_layers = compile_layers
         # the loss is a mean over the batch already
         self.model_accepts_loss_kwargs = False
         self.weights = weights
         self.teacher = None if teacher is None else teacher.to(args.device)
+        self._states = RecordedStates(model, every_layer=bool(weights.hidden))
+        self._taught = None if teacher is None else RecordedStates(teacher, every_layer=bool(weights.hidden))
+        if compile_layers:
+            for one in (model, teacher) if teacher is not None else (model,):
+                compile_blocks(one)
         self.seen_tokens = 0
         self._sums: dict[str, torch.Tensor] = {}
         self._measured = 0
@@ -83,6 +75,19 @@ class DistillationTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         # the data set shuffles by itself, so that a resumed run goes on with the same sequences
         return SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Transformers' optimiser, or Muon."""
+        if self.optimizer_name == "muon" and self.optimizer is None:
+            own = self.args
+            self.optimizer = MuonWithAdamW(
+                self.accelerator.unwrap_model(self.model),
+                lr=own.learning_rate,
+                betas=(own.adam_beta1, own.adam_beta2),
+                eps=own.adam_epsilon,
+                weight_decay=own.weight_decay,
+            )
+        return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -114,28 +119,26 @@ class DistillationTrainer(Trainer):
         """The weighted sum of the losses, each a mean over tokens."""
         ids = inputs["input_ids"]
         weights = self.weights
-        states = bool(weights.hidden)
         # one token of logits: the head is applied below, a chunk at a time
-        outputs = model(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        hidden = outputs.hidden_states
-        # the last recorded state is the normed one; a zero times the model's own logits keeps its head in the
-        # graph of wrappers that expect every parameter to be used in forward
-        loss = outputs.logits.sum() * 0.0
-        taught = None
-        if self.teacher is not None:
+        outputs = model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        own = self._states.take()
+        taught: list[torch.Tensor] = []
+        if self.teacher is not None and self._taught is not None:
             with torch.no_grad():
-                taught = self.teacher(
-                    input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
-                ).hidden_states
-        head = self.accelerator.unwrap_model(model).lm_head.weight
-        text, logits = self._token_losses(hidden[-1], ids, head, None if taught is None else taught[-1])
-        loss = loss + weights.text * text + weights.logits * logits
+                self.teacher(input_ids=ids, use_cache=False, logits_to_keep=1)
+            taught = self._taught.take()
+        wanted, text, logits = self._token_losses(model, own[-1], ids, taught[-1] if taught else None)
+        # a zero times the model's own logits keeps its head in the graph of wrappers that expect every parameter
+        # to be used in forward
+        loss = outputs.logits.sum() * 0.0 + wanted
         self._add("text_loss", text)
         if weights.logits:
             self._add("distillation_loss", logits)
-        if states:
-            assert taught is not None, "checked: hidden_weight needs a teacher"
-            distance = hidden_distance(hidden[1:], taught[1:])
+        if weights.hidden:
+            # the last block's states only matter as far as their norm lets them
+            distance = hidden_distance(
+                [*own[:-2], own[-1]], [*taught[:-2], taught[-1]], compiled=self.compile_layers
+            )
             loss = loss + weights.hidden * distance
             self._add("hidden_loss", distance)
         if model.training:
@@ -155,32 +158,21 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _token_losses(
-        self,
-        student: torch.Tensor,
-        ids: torch.Tensor,
-        head: torch.Tensor,
-        teacher: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross entropy and mean KL, from normed states `[B, T, D]`."""
-        student, labels = student[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        if teacher is not None:
-            teacher = teacher[:, :-1].flatten(0, 1)
-        teacher_head = None if self.teacher is None else self.teacher.get_output_embeddings().weight
-        text = logits = student.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(labels), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            one, other = checkpoint(
-                chunk_losses,
-                student[part],
-                head,
-                labels[part],
-                None if teacher is None else teacher[part],
-                teacher_head,
-                self.weights,
-                use_reentrant=False,
-            )
-            text, logits = text + one, logits + other
-        return text / len(labels), logits / len(labels)
+        self, model: nn.Module, states: torch.Tensor, ids: torch.Tensor, taught: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The weighted sum, cross entropy and KL, from normed states `[B, T, D]`."""
+        # every sequence's last token has none that follows
+        labels = torch.cat((ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)), dim=1)
+        return token_losses(
+            states.flatten(0, 1),
+            self.accelerator.unwrap_model(model).lm_head.weight,
+            labels.flatten(),
+            None if taught is None else taught.flatten(0, 1),
+            None if self.teacher is None else self.teacher.get_output_embeddings().weight,
+            self.weights,
+            dtype=torch.bfloat16 if self.args.bf16 else None,
+            compiled=self.compile_layers,
+        )
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         # stays on the device: reading it here would make every step wait for the GPU
@@ -232,40 +224,34 @@ class TimeLimit(TrainerCallback):
             control.should_training_stop = True
 
 
-def chunk_losses(
-    student: torch.Tensor,
-    head: torch.Tensor,
-    labels: torch.Tensor,
-    teacher: torch.Tensor | None,
-    teacher_head: torch.Tensor | None,
-    weights: DistillationWeights,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of cross entropy and of KL over some tokens, in float32.
+class RecordedStates:
+    """Keeps what a model's blocks and its last norm return, until it is taken.
+
+    Hooks on the modules, and not `output_hidden_states`, whose hooks reach into the blocks and break what is
+    compiled.
 
     Args:
-        student: `[tokens, D]`, normed.
-        head: `[vocabulary, D]`, the student's.
-        labels: `[tokens]`, what follows.
-        teacher: `[tokens, D]`, normed, or None.
-        teacher_head: `[vocabulary, D]`.
-        weights: which of them are wanted.
+        model: of the Llama family's shape, `model.base_model.layers` and `.norm`.
+        every_layer: keep the blocks' states, too.
     """
-    logits = F.linear(student, head.to(student.dtype)).float()
-    zero = logits.new_zeros(())
-    text = F.cross_entropy(logits, labels, reduction="sum") if weights.text else zero
-    if teacher is None or not weights.logits:
-        return text, zero
-    assert teacher_head is not None, "a teacher has a head"
-    temperature = weights.temperature
-    wanted = (F.linear(teacher, teacher_head).float() / temperature).log_softmax(-1)
-    found = (logits / temperature).log_softmax(-1)
-    return text, temperature**2 * F.kl_div(found, wanted, reduction="sum", log_target=True)
+
+    def __init__(self, model: nn.Module, *, every_layer: bool) -> None:
+        self._kept: list[torch.Tensor] = []
+        base: Any = getattr(model, "base_model", model)
+        for module in [*(base.layers if every_layer else ()), base.norm]:
+            module.register_forward_hook(self._keep)
+
+    def take(self) -> list[torch.Tensor]:
+        """States `[B, T, D]` of the last forward pass: of each block, then the normed ones; they are forgotten."""
+        kept, self._kept = self._kept, []
+        return kept
+
+    def _keep(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        self._kept.append(output[0] if isinstance(output, tuple) else output)
 
 
-def hidden_distance(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Mean over layers of `|s - t|^2 / |t|^2`, each `[B, T, D]`."""
-    ratios = []
-    for own, other in zip(student, teacher, strict=True):
-        wanted = other.float()
-        ratios.append((own.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12))
-    return torch.stack(ratios).mean()
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block's forward in place: one compilation, which all of them share."""
+    base: Any = getattr(model, "base_model", model)
+    for layer in base.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
