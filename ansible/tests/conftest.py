@@ -1,0 +1,73 @@
+"""One bed of machines for all tests, and Ansible as its users run it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import image
+import pytest
+import yaml
+from ansible_play import ANSIBLE, PLAYBOOK_TIMEOUT_S, Played, command, environment, inventory
+from bed import Bed
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A folder with a short name: ssh's control sockets have 108 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="icbed"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bed(scratch: Path) -> Iterator[Bed]:
+    """Three machines of bare Debian: c1, n1 and n2. IC_BED_CACHE names a folder that keeps the base system."""
+    image.install_tools()
+    kept = os.environ.get("IC_BED_CACHE")
+    base = image.build(Path(kept) if kept else scratch / "image")
+    with Bed(base=base, packages=base.parent / "debian", scratch=scratch, names=["c1", "n1", "n2"]) as made:
+        yield made
+
+
+Play = Callable[..., Played]
+
+
+@pytest.fixture(scope="session")
+def play(bed: Bed, scratch: Path) -> Play:
+    """Run a playbook on the bed: play("slurm", groups, variables, "--check")."""
+
+    def run(
+        playbook: str,
+        groups: dict[str, list[str]],
+        variables: dict[str, object],
+        *arguments: str,
+        check: bool = True,
+    ) -> Played:
+        hosts = scratch / "inventory.yml"
+        hosts.write_text(yaml.safe_dump(inventory(bed, groups, variables)))
+        done = subprocess.run(
+            bed.inside(
+                command("ansible-playbook"),
+                "-i",
+                hosts,
+                ANSIBLE / "playbooks" / f"{playbook}.yml",
+                *arguments,
+            ),
+            env=environment(scratch),
+            cwd=ANSIBLE,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=PLAYBOOK_TIMEOUT_S,
+        )
+        played = Played(done.returncode, done.stdout)
+        assert not check or played.code == 0, played.output[-8000:]
+        return played
+
+    return run

@@ -1,0 +1,142 @@
+"""Bare Debian 12 for the machines of the test bed, and the packages that its roles may install there.
+
+The machines reach nothing outside, so what apt finds is a folder of packages, downloaded once with Debian's
+signatures checked, and served as an apt repository.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+MIRROR = os.environ.get("IC_BED_MIRROR", "http://deb.debian.org/debian")
+SUITE = "bookworm"
+# what any Debian with ssh has, and nothing that a role installs
+BARE = ["systemd", "systemd-sysv", "dbus", "iproute2", "openssh-server", "procps"]
+# what roles install; their dependencies come along
+OFFERED = [
+    "munge", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server", "python3-pymysql",
+    "sudo", "chrony", "nftables", "unattended-upgrades", "gnupg", "prometheus-node-exporter", "hwloc-nox",
+]  # fmt: skip
+# on the machine that runs the tests: command and Debian's package of it
+TOOLS = {
+    "debootstrap": "debootstrap",
+    "systemd-nspawn": "systemd-container",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "ip": "iproute2",
+    "nsenter": "util-linux",
+    "apt-ftparchive": "apt-utils",
+    "dpkg-deb": "dpkg",
+    "gpg": "gnupg",
+}
+COMMAND_TIMEOUT_S = 300
+
+
+class BedError(RuntimeError):
+    """The test bed cannot be made; the message says what is missing."""
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a command; when it fails, say what it printed."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=COMMAND_TIMEOUT_S,
+        **options,
+    )
+    if done.returncode:
+        raise BedError(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout[-4000:]}")
+    return done
+
+
+def install_tools() -> None:
+    """Install with apt what is missing; needs root on a Debian, as the machines themselves do."""
+    if os.geteuid() != 0:
+        raise BedError(
+            "the test bed boots machines with systemd-nspawn, which takes root; run the tests as root"
+        )
+    missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
+    if not missing:
+        return
+    if not shutil.which("apt-get"):
+        raise BedError(f"the test bed needs the commands of {', '.join(missing)}, and there is no apt-get")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    run("apt-get", "update", "-q", env=environment)
+    run("apt-get", "install", "-y", "-q", "--no-install-recommends", *missing, env=environment)
+
+
+def build(folder: Path) -> Path:
+    """The base system in `folder`/root and the packages in `folder`/debian; made once, or found there."""
+    root, packages, done = folder / "root", folder / "debian", folder / "done"
+    wanted = "\n".join([SUITE, *BARE, *OFFERED])
+    if done.is_file() and done.read_text() == wanted:
+        return root
+    for old in (root, packages):
+        shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    run(
+        "debootstrap",
+        "--variant=minbase",
+        "--include=python3,python3-apt,ca-certificates",
+        SUITE,
+        root,
+        MIRROR,
+    )
+    _write_apt(root)
+    shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+    environment = {"DEBIAN_FRONTEND": "noninteractive", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    apt = ("chroot", root, "apt-get", "-q", "-y", "--no-install-recommends")
+    run(*apt, "update", env=environment)
+    run(*apt, "install", *BARE, env=environment)
+    run(*apt, "clean", env=environment)
+    run(*apt, "install", "--download-only", *OFFERED, env=environment)
+    packages.mkdir()
+    for package in (root / "var/cache/apt/archives").glob("*.deb"):
+        package.rename(packages / package.name)
+    index(packages)
+    _finish(root)
+    done.write_text(wanted)
+    return root
+
+
+def index(folder: Path) -> None:
+    """Make a flat apt repository of a folder of packages."""
+    listed = run("apt-ftparchive", "packages", ".", cwd=folder).stdout
+    (folder / "Packages").write_text(listed)
+    (folder / "Release").write_text(run("apt-ftparchive", "release", ".", cwd=folder).stdout)
+
+
+def _write_apt(root: Path) -> None:
+    """No documentation and no fsync while packages are installed: the machines live for minutes."""
+    (root / "etc/dpkg/dpkg.cfg.d/bed").write_text(
+        "force-unsafe-io\npath-exclude=/usr/share/doc/*\npath-exclude=/usr/share/man/*\n"
+    )
+    (root / "etc/apt/apt.conf.d/90bed").write_text('Acquire::Languages "none";\n')
+
+
+def _finish(root: Path) -> None:
+    """What a fresh server has: ssh that takes root's key, a network, no first-boot questions."""
+    (root / "etc/apt/sources.list").write_text("deb [trusted=yes] file:/srv/debian ./\n")
+    shutil.rmtree(root / "var/lib/apt/lists")
+    (root / "var/lib/apt/lists/partial").mkdir(parents=True)
+    (root / "etc/resolv.conf").unlink(missing_ok=True)
+    (root / "etc/machine-id").write_text("")
+    (root / "srv/debian").mkdir(exist_ok=True)
+    (root / "root/.ssh").mkdir(mode=0o700, exist_ok=True)
+    for old in (root / "etc/ssh").glob("ssh_host_*"):
+        old.unlink()
+    run("chroot", root, "ssh-keygen", "-A")
+    units = [
+        "systemd-firstboot.service",
+        "systemd-resolved.service",
+        "apt-daily.timer",
+        "apt-daily-upgrade.timer",
+    ]
+    run("chroot", root, "systemctl", "mask", *units)
+    run("chroot", root, "systemctl", "enable", "systemd-networkd.service", "ssh.service")
