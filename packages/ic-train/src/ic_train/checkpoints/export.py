@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ic_train.checkpoints.folders import COMPLETE
@@ -56,7 +57,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     state = {"model": weights}
     try:
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{checkpoint} cannot be read: {reason[-1]}") from error
     save_model(folder, arguments, state["model"])

@@ -22,6 +22,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -33,6 +34,8 @@ from ic_train.checkpoints.folders import COMPLETE, PARTIAL, PREFIX, remove_old
 from ic_train.distributed import any_process, rank, world_size
 
 RNG_FILE, SCHEDULER_FILE = "rng_{rank}.pt", "scheduler.pt"
+# PyTorch's own is no Exception
+_FAILURES = (Exception, CheckpointException)
 logger = logging.getLogger(__name__)
 
 
@@ -109,7 +112,7 @@ class CheckpointWriter:
         problem: BaseException | None = None
         try:
             future.result()
-        except Exception as error:
+        except _FAILURES as error:
             # whatever the storage raises: the run is worth more than one checkpoint
             problem = error
         if any_process(problem is not None, self.group):
@@ -150,7 +153,7 @@ class CheckpointWriter:
                 # the first rank's write ends when all ranks' parts are there
                 if rank() == 0:
                     _complete(partial, record, self.output_dir, self.keep)
-            except Exception as error:
+            except _FAILURES as error:
                 completed.set_exception(error)
             else:
                 completed.set_result(None)
@@ -185,7 +188,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     state = {"model": weights, "optimizer": states}
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    except Exception as error:
+    except _FAILURES as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{folder} cannot be loaded: {reason[-1]}; it is damaged or of another model, give an earlier one"

@@ -1,0 +1,97 @@
+"""The batch scripts on a real SLURM: a run that is told to end and then loses a node ends like one left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster, install
+from training_runs import FSDP_ON_CPU, PACKAGE, RECIPE, make_toys, steps_of
+
+SCRIPTS = PACKAGE / "slurm"
+STEPS = 400
+
+
+@dataclass
+class Jobs:
+    """A cluster, and what is to be trained on it."""
+
+    cluster: Cluster
+    toys: dict[str, Path]
+
+    def submit(self, script: str, *words: str, options: tuple[str, ...] = ()) -> str:
+        log = self.cluster.root / f"{script}-%A-%a.log"
+        sizes = ("--gpus-per-node=1", "--cpus-per-task=1", "--oversubscribe", "--exclusive=user")
+        command = ["sbatch", "--parsable", f"--output={log}", *sizes, *options, str(SCRIPTS / script)]
+        return self.cluster.run(*command, *words)
+
+    def train(self, output: Path, *more: str, script: str = "several-nodes.sbatch", **options: Any) -> str:
+        flags = ["--model", str(self.toys["model"]), "--corpora", str(self.toys["corpus"])]
+        words = [str(RECIPE), *flags, "--output_dir", str(output), *more]
+        return self.submit(script, *words, **options)
+
+    def reached(self, output: Path, step: int) -> bool:
+        file = output / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []
+        # the last line may be half written
+        return any(f'"step": {step},' in line for line in lines)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    install()
+    root = tmp_path_factory.mktemp("slurm")
+    cluster = Cluster(root)
+    cluster.environment |= {
+        "IC_PYTHON": sys.executable,
+        "IC_SLURM": str(SCRIPTS),
+        "IC_LAUNCHER": str(FSDP_ON_CPU),
+        # both nodes are this machine, which no name of theirs leads to
+        "IC_MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": f"{Path(sys.executable).parent}:{cluster.environment['PATH']}",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    try:
+        yield Jobs(cluster, make_toys(root / "toys"))
+    finally:
+        cluster.close()
+
+
+def test_a_run_through_a_signal_and_a_dead_node_ends_like_one_left_alone(jobs: Jobs) -> None:
+    cluster, output = jobs.cluster, jobs.toys["runs"] / "disturbed"
+    more = ("--max_steps", str(STEPS), "--save_steps", "20", "--save_total_limit", "2", *accumulate(1))
+    job = jobs.train(output, *more)
+    alone = jobs.train(jobs.toys["runs"] / "alone", *more)
+    cluster.wait_for(lambda: jobs.reached(output, 15), "step 15", 90)
+    # to the steps, not to the batch script: what --signal=USR1@300 does before the time limit
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait_for(lambda: cluster.restarts_of(job) == 1, "first requeue", 60)
+    saved = sorted(int(folder.name.split("-")[1]) for folder in output.glob("checkpoint-*"))
+    assert saved and saved[-1] % 20, f"{saved}: the signal makes a checkpoint of its own"
+    cluster.wait_for(lambda: jobs.reached(output, saved[-1] + 45), "progress after the signal", 90)
+    cluster.wait_until_done(alone, 90)
+    assert cluster.state_of(job) == "RUNNING"
+    cluster.silence_node("node2")
+    cluster.wait_for(lambda: cluster.restarts_of(job) == 2, "second requeue", 60)
+    cluster.replace_node("node2")
+    cluster.wait_until_done(job, 90)
+    whole, pieced = steps_of(jobs.toys["runs"] / "alone"), steps_of(output)
+    assert [step["step"] for step in pieced] == list(range(1, STEPS + 1)) == [s["step"] for s in whole]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [step[name] for step in pieced] == [step[name] for step in whole], name
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    # the node took the steps since its last checkpoint with it: they were done twice
+    assert len([line for line in lines if "loss" in line]) > STEPS
+
+
+def accumulate(steps: int) -> tuple[str, str]:
+    return ("--gradient_accumulation_steps", str(steps))
