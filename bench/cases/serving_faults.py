@@ -21,7 +21,7 @@ import torch
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from safetensors.torch import load_file, save_file
 
-from bench.cases.serving_engine import random_prompt
+from bench.cases.serving_engine import on_gpu, random_prompt
 from bench.cases.serving_server import Server, ServerFailed, serve
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def provoke_all(run: Run) -> None:
     """A row per fault: what was seen, and after how long."""
     wanted = run.options.only or ""
     for name, provoke in STARTS.items():
-        if wanted in name:
+        # on a CPU vLLM takes its own backend, whatever is asked for
+        if wanted in name and (on_gpu() or provoke is not _other_architecture):
             _provoke(run, name, lambda provoke=provoke: provoke(run))
     with tempfile.TemporaryDirectory() as scratch:
         # the last one ends the server

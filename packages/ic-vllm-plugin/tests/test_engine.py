@@ -1,15 +1,13 @@
 """Every shape of the architecture in vLLM's engine against transformers, and checkpoints that do not fit."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from engine_process import greedy, run_cases
 from ic_model import ICForCausalLM
 from safetensors.torch import load_file, save_file
-from served_models import YARN, prompt_tokens, users_environment, write_checkpoint
+from served_models import YARN, prompt_tokens, write_checkpoint
 
 NEW_TOKENS = 64
 # random weights give every token a logarithm near log(1 / vocabulary), so that one absolute bound serves all; the
@@ -69,40 +67,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, d
     root = tmp_path_factory.mktemp("engine")
     folders = {name: write_checkpoint(root / str(i), **SHAPES[name]) for i, name in enumerate(SHAPES)}
     folders |= {name: damaged(root / name.replace(" ", "-"), name) for name in DAMAGES}
-    script = Path(__file__).with_name("engine_cases.py")
-    process = subprocess.run(
-        [sys.executable, str(script), *map(str, folders.values())],
-        input=json.dumps({"prompts": PROMPTS, "new_tokens": NEW_TOKENS}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env=users_environment(),
-    )
-    lines = [line[7:] for line in process.stdout.splitlines() if line.startswith("RESULT ")]
-    assert len(lines) == len(folders), process.stdout[-4000:] + process.stderr[-4000:]
-    return {
-        name: (folder, json.loads(line)) for (name, folder), line in zip(folders.items(), lines, strict=True)
-    }
+    task = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "prompt_logprobs": True}
+    found = run_cases({name: {"checkpoint": str(folder), **task} for name, folder in folders.items()})
+    return {name: (folders[name], found[name]) for name in folders}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_tokens_equal_those_of_transformers(results, shape):
     folder, result = results[shape]
-    model = ICForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    expected = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=NEW_TOKENS,
-            )
-        expected.append(output[0, len(prompt) :].tolist())
     assert result.get("error") is None
-    assert result["tokens"] == expected
+    assert result["tokens"] == greedy(folder, PROMPTS, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ic_vllm_plugin import compat
+from ic_vllm_plugin.options import SECTION, Options, read_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -83,10 +84,14 @@ def apply_cpu_defaults(vllm_config: VllmConfig) -> None:
     """Set what the user did not: the KV cache's size, a context that fits (a cap is logged), the threads.
 
     Raises:
-        ValueError: vLLM is too old for MLA on a CPU, or the memory does not suffice.
+        ValueError: vLLM is too old for MLA on a CPU, the memory does not suffice, or an option is wrong.
     """
     from vllm.config import CompilationMode
 
+    if read_options(vllm_config) != Options():
+        compat.logger().warning(
+            "additional_config[%r] chooses among kernels for GPUs; it has no effect on a CPU.", SECTION
+        )
     version = compat.vllm_version()
     if version.release[:2] < compat.CPU_FROM:
         raise ValueError(

@@ -321,7 +321,8 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
                 continue
             parameter = parameters.get(target)
             if parameter is None:
-                unexpected.append(name)
+                if not (self.quantised and _is_group_order(name, tensor)):
+                    unexpected.append(name)
                 continue
             loader = getattr(parameter, "weight_loader", default_weight_loader)
             loader(parameter, tensor) if part is None else loader(parameter, tensor, part)
@@ -348,6 +349,11 @@ def _target(name: str) -> tuple[str, int | None]:
         if stored in name:
             return name.replace(stored, merged), part
     return name, None
+
+
+def _is_group_order(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is GPTQ's list of groups in their natural order, which vLLM's kernels take for granted."""
+    return name.endswith(".g_idx") and bool((tensor.diff() >= 0).all())
 
 
 def _attention_backend(vllm_config: VllmConfig) -> Any:

@@ -1,0 +1,41 @@
+"""Runs cases of engine_cases.py in one process, and greedy tokens from transformers to compare with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ic_model import ICForCausalLM
+from served_models import users_environment
+
+
+def run_cases(cases: dict[str, dict[str, Any]], *, timeout_s: float = 240) -> dict[str, dict[str, Any]]:
+    """A result per case, by its name."""
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("engine_cases.py"))],
+        input=json.dumps(list(cases.values())),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env=users_environment(),
+    )
+    lines = [line[7:] for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == len(cases), process.stdout[-4000:] + process.stderr[-4000:]
+    return {name: json.loads(line) for name, line in zip(cases, lines, strict=True)}
+
+
+def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of transformers in float32."""
+    model = ICForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens
+            )
+        found.append(output[0, len(prompt) :].tolist())
+    return found
