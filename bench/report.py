@@ -165,6 +165,95 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not is_number, float(value) if is_number else 0.0, "" if is_number else str(value)
 
 
+CONVERSION_FIELDS = frozenset({"source", "stage", "perplexity", "kv_numbers_per_token", "kv_saved_vs_mha"})
+CHAT_FIELDS = frozenset({"task", "model", "engine", "question", "answer", "finish_reason"})
+_CONVERSION_HEADER = (
+    "C", "R", "numbers per token", "less than multi-head", "less than the source", "source", "converted", "healed",
+    "healed, relative", "healing", "result",
+)  # fmt: skip
+
+
+def conversion_table(rows: Sequence[Row]) -> str:
+    """Perplexities of every size, each line of the newest result that has it, healed ones first.
+
+    A line's perplexities are of one run on one text, and so is what they are relative to.
+    """
+    tables = []
+    for name in dict.fromkeys(row["source"] for row in rows):
+        own = [row for row in rows if row["source"] == name]
+        lines = [_conversion_line(of_size) for of_size in conversion_sizes(own)]
+        head = [
+            _markdown(_CONVERSION_HEADER),
+            _markdown(["---:"] * (len(_CONVERSION_HEADER) - 2) + ["---"] * 2),
+        ]
+        tables.append("\n".join([f"Perplexity of `{name}` at each size:", "", *head, *lines]))
+    return "\n\n".join(tables)
+
+
+def conversion_sizes(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """Of each size the rows of one result, by stage; the largest cache first.
+
+    Args:
+        rows: of one source, oldest first, each with the name of its `result`.
+    """
+    sizes: dict[tuple[int, int], dict[str, dict[str, Row]]] = {}
+    sources = {row["result"]: row for row in rows if row["stage"] == "source"}
+    for row in rows:
+        if "kv_lora_rank" in row and row["result"] in sources:
+            size = (row["kv_lora_rank"], row["qk_rope_head_dim"])
+            result = sizes.setdefault(size, {}).setdefault(row["result"], {})
+            result["source"] = sources[row["result"]]
+            result[row["stage"]] = row
+    # rows come oldest first
+    chosen = [
+        max(
+            enumerate(results.values()),
+            key=lambda entry: ("healed" in entry[1], "converted" in entry[1], entry[0]),
+        )[1]
+        for _, results in sorted(sizes.items(), key=lambda item: (-sum(item[0]), -item[0][0]))
+    ]
+    return [stages for stages in chosen if "converted" in stages]
+
+
+def _conversion_line(stages: dict[str, Row]) -> str:
+    source, converted, healed = stages["source"], stages["converted"], stages.get("healed")
+    base = source["perplexity"]
+    after = ["-", "-", "-"]
+    if healed is not None:
+        after = [
+            f"{healed['perplexity']:.2f}",
+            f"{healed['perplexity'] / base:.3f}",
+            f"{healed['tokens'] / 1e6:.1f} M tokens in {healed['wall_s']:.0f} s, {healed['gpu']}",
+        ]
+    return _markdown(
+        [
+            str(converted["kv_lora_rank"]),
+            str(converted["qk_rope_head_dim"]),
+            f"{converted['kv_numbers_per_token']:,}",
+            f"{converted['kv_saved_vs_mha']:.1%}",
+            f"{converted['kv_saved_vs_source']:.1%}",
+            f"{base:.2f}",
+            f"{converted['perplexity']:.2f} ({converted['perplexity'] / base:.3f} x)",
+            *after,
+            f"`{converted['result']}`",
+        ]
+    )
+
+
+def chat_table(rows: Sequence[Row]) -> str:
+    """Every question of the newest result with all its answers, in full."""
+    newest = [row for row in rows if row["result"] == rows[-1]["result"]]
+    parts = [f"From `{newest[0]['result']}`, {newest[0]['engine']}, {newest[0]['gpu']}; greedy."]
+    for question in dict.fromkeys(row["question"] for row in newest):
+        parts.append(f"**{question}**")
+        for row in newest:
+            if row["question"] == question:
+                end = "" if row["finish_reason"] == "stop" else " *(cut at the limit of tokens)*"
+                answer = str(row["answer"]).strip().replace("\n", "\n> ")
+                parts.append(f"{row['model']}{end}:\n\n> {answer}")
+    return "\n\n".join(parts)
+
+
 def aot_table(rows: Sequence[Row]) -> str:
     """What each kernel needs on each chip, as the compiler said it."""
     newest = {(row["op"], row["variant"], row["capability"]): row["result"] for row in rows}
@@ -177,6 +266,8 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "retrieval": (frozenset({*_RETRIEVAL_KEY, "correct", "total"}), retrieval_table),
     "kernels": (frozenset({"op", "impl", "heads", "batch", "context_tokens", "median_us"}), kernels_table),
     "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
+    "conversion": (CONVERSION_FIELDS, conversion_table),
+    "conversion-chat": (CHAT_FIELDS, chat_table),
 }
 
 

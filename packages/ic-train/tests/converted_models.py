@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from ic_train.convert.calibration import WindowSizes
-from ic_train.convert.pipeline import ConversionOptions
+from ic_train.convert.options import ConversionOptions
 from ic_train.convert.run import convert
 from ic_train.evaluation.haystack import load_haystack
 

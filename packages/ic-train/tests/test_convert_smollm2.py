@@ -14,7 +14,7 @@ from ic_model import ICForCausalLM
 from transformers import AutoTokenizer
 
 from ic_train.convert.calibration import WindowSizes
-from ic_train.convert.pipeline import ConversionOptions
+from ic_train.convert.options import ConversionOptions
 from ic_train.convert.readers import GgufTensors
 from ic_train.convert.run import convert
 

@@ -10,7 +10,8 @@ from ic_model import ICConfig
 from ic_model.weights import EMBEDDING, OUTPUT, tensor_shapes
 
 from ic_train.convert.factor import residual_scale
-from ic_train.convert.pipeline import Conversion, ConversionOptions
+from ic_train.convert.options import ConversionOptions
+from ic_train.convert.pipeline import Conversion
 from ic_train.convert.source import Source
 from ic_train.convert.workspace import Workspace
 

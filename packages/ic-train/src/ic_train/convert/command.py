@@ -11,7 +11,7 @@ from ic_model.sizing import GIB, kv_numbers_per_token, mha_kv_numbers_per_token,
 
 from ic_train.convert.calibration import WindowSizes
 from ic_train.convert.checkpoint import converted_config
-from ic_train.convert.pipeline import FREQUENCIES, ConversionOptions, check_options
+from ic_train.convert.options import FREQUENCIES, ConversionOptions, check_options
 from ic_train.convert.record import STEP_NAMES
 from ic_train.convert.run import DTYPES, convert, planned_needs, warn_about
 from ic_train.convert.source import ACCEPTED, open_source

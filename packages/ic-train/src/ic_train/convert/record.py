@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 from ic_model import ICConfig
 from ic_model.sizing import kv_numbers_per_token, mha_kv_numbers_per_token, parameter_count
 
-from ic_train.convert.pipeline import Conversion, ConversionOptions, perplexity
+from ic_train.convert.options import ConversionOptions, perplexity
+from ic_train.convert.pipeline import Conversion
 from ic_train.convert.source import Source
 from ic_train.results import commit
 

@@ -17,7 +17,8 @@ import torch
 from ic_train.convert.calibration import Windows, WindowSizes, choose_windows
 from ic_train.convert.checkpoint import converted_config, write_checkpoint
 from ic_train.convert.memory import ConversionNeeds, conversion_needs
-from ic_train.convert.pipeline import ConversionOptions, Converter, check_options
+from ic_train.convert.options import ConversionOptions, check_options
+from ic_train.convert.pipeline import Converter
 from ic_train.convert.record import PLOT_FILE, RECORD_FILE, conversion_record, plot_conversion
 from ic_train.convert.source import Source, open_source
 from ic_train.convert.workspace import Workspace

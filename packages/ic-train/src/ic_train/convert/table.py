@@ -14,9 +14,9 @@ from ic_model import ICForCausalLM
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from ic_train.convert.calibration import choose_windows
+from ic_train.convert.calibration import Windows, choose_windows
 from ic_train.convert.command import add_text_options, window_sizes
-from ic_train.convert.pipeline import ConversionOptions, perplexity
+from ic_train.convert.options import ConversionOptions, perplexity
 from ic_train.convert.run import convert
 from ic_train.convert.source import Source, open_source
 from ic_train.evaluation.haystack import load_haystack
@@ -116,6 +116,7 @@ def _run(options: argparse.Namespace) -> int:
         for row in new:
             print(_line(row), flush=True)
 
+    windows = choose_windows(source.tokenizer, options.calibration, options.held_out, window_sizes(options))
     asked = options.passkey_stages if options.passkey_tokens else []
     if "source" in asked:
         add(_passkey(options, _lossless(options, source), source.name))
@@ -126,12 +127,12 @@ def _run(options: argparse.Namespace) -> int:
             add([_source_row(source, record)])
         add(_rows(source, record))
         if "converted" in asked:
-            add(_passkey(options, out, f"{source.name} {rank}+{rope}"))
+            add(_passkey(options, out, source.name, f"{rank}+{rope}"))
         if options.heal_config:
             healed = _heal(options, out, heal_seconds)
-            add([_healed_row(options, source, record, healed)])
+            add([_healed_row(options, source, record, healed, windows)])
             if "healed" in asked:
-                add(_passkey(options, healed, f"{source.name} {rank}+{rope} healed"))
+                add(_passkey(options, healed, source.name, f"{rank}+{rope} healed"))
     print(f"written: {folder}")
     return 0
 
@@ -226,9 +227,10 @@ def _heal(options: argparse.Namespace, converted: Path, seconds: float) -> Path:
     return healed
 
 
-def _healed_row(options: argparse.Namespace, source: Source, record: Row, healed: Path) -> Row:
+def _healed_row(
+    options: argparse.Namespace, source: Source, record: Row, healed: Path, windows: Windows
+) -> Row:
     training = json.loads((healed / "training.json").read_text())
-    windows = choose_windows(source.tokenizer, options.calibration, options.held_out, window_sizes(options))
     value = measured_perplexity(healed, windows.evaluation, options.device)
     return _sizes(source, record) | {
         "stage": "healed",
@@ -252,12 +254,13 @@ def measured_perplexity(checkpoint: Path, token_ids: torch.Tensor, device: str) 
     return perplexity(total / (len(token_ids) * (token_ids.shape[1] - 1)))
 
 
-def _passkey(options: argparse.Namespace, checkpoint: Path, name: str) -> list[Row]:
+def _passkey(options: argparse.Namespace, checkpoint: Path, source: str, size: str = "") -> list[Row]:
     """Pass keys found at every length; what was asked before is read back."""
     cuda = options.device.startswith("cuda")
     dtype = torch.bfloat16 if cuda else torch.float32
     asked = {
-        "model": name,
+        "model": f"{source} {size}".rstrip(),
+        "source": source,
         "engine": "transformers",
         "kv_dtype": str(dtype).removeprefix("torch."),
         "task": "passkey",
