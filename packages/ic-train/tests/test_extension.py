@@ -81,6 +81,8 @@ def test_given_angles_get_the_same_ramp_and_temperature() -> None:
     assert torch.equal(model.model.layers[0].self_attn.q_b_proj.weight, before * factor)
     assert model.model.layers[0].self_attn.scaling == softmax_scale(toy_config(rope_parameters=rope))
     assert stretch(torch.tensor([0.0]), 8, 512).item() == 0
+    with pytest.raises(ValueError, match=r"angles are for 16384 tokens .* do not say what they were"):
+        extend_context(model, model.config, **EXTENSION)
 
 
 def test_factor_one_only_raises_the_limit() -> None:

@@ -93,5 +93,22 @@ def test_a_run_through_a_signal_and_a_dead_node_ends_like_one_left_alone(jobs: J
     assert len([line for line in lines if "loss" in line]) > STEPS
 
 
+def test_a_sweep_has_a_folder_per_rate_and_the_evaluation_waits_for_it(jobs: Jobs) -> None:
+    output = jobs.toys["runs"] / "sweep"
+    jobs.cluster.environment["IC_RATES"] = "1e-3 1e-2"
+    more = ("--max_steps", "2", "--save_strategy", "no")
+    sweep = jobs.train(output, *more, script="sweep.sbatch", options=("--array=0-1",))
+    waiting = (f"--dependency=afterok:{sweep}",)
+    words = (str(output / "lr-1e-2"), "512")
+    evaluation = jobs.submit("evaluate.sbatch", *words, options=waiting)
+    assert jobs.cluster.state_of(evaluation) == "PENDING"
+    jobs.cluster.wait_until_done(evaluation, 120)
+    rates = {rate: steps_of(output / f"lr-{rate}") for rate in ("1e-3", "1e-2")}
+    assert rates["1e-3"][0]["loss"] == rates["1e-2"][0]["loss"]
+    assert max(step["learning_rate"] for step in rates["1e-2"]) == pytest.approx(1e-2)
+    (result,) = (output / "lr-1e-2" / "results").glob("*/result.json")
+    assert json.loads(result.read_text())["rows"][0]["context_tokens"] == 512
+
+
 def accumulate(steps: int) -> tuple[str, str]:
     return ("--gradient_accumulation_steps", str(steps))

@@ -17,8 +17,6 @@ from ic_train.context_parallel import MLA_PREFILL, RING
 from ic_train.context_parallel.layout import chunk_tokens
 from ic_train.long_context.documents import Packing
 
-_OPTIMISERS_WITHOUT_SHARDS = ("bnb", "8bit", "paged", "galore", "apollo", "lomo")
-
 
 @dataclass
 class LongContextModelArguments:
@@ -206,10 +204,19 @@ def check_training(
             f"cross_document_attention is false; attn_implementation must then be {MLA_PREFILL!r}, not "
             f"{model.attn_implementation!r}, which would need a mask of tokens_per_sequence squared"
         )
-    optimiser = str(getattr(training.optim, "value", training.optim))
-    unsharded = any(part in optimiser for part in _OPTIMISERS_WITHOUT_SHARDS) and "torch" not in optimiser
-    if sharded and unsharded:
+    _check_optimiser(str(getattr(training.optim, "value", training.optim)), sharded=sharded)
+
+
+def _check_optimiser(optimiser: str, *, sharded: bool) -> None:
+    of_torchao = optimiser.endswith(("torch_8bit", "torch_4bit"))
+    of_bitsandbytes = ("8bit" in optimiser and not of_torchao) or "paged" in optimiser
+    if sharded and of_bitsandbytes:
         raise ValueError(
             f"optim is {optimiser!r}, whose states cannot be sharded; under FSDP take adamw_torch_fused or "
             "adamw_torch_8bit, or train without FSDP"
         )
+    for wanted, package in ((of_torchao, "torchao"), (of_bitsandbytes, "bitsandbytes")):
+        if wanted and util.find_spec(package) is None:
+            raise ValueError(
+                f"optim is {optimiser!r}, which needs the package {package}: pip install 'ic-train[gpu]'"
+            )

@@ -105,6 +105,12 @@ def check_extension(
             f"original_context_tokens is {original_context_tokens}; the model was extended before, from {before}: "
             "give that"
         )
+    if rope.get("rope_type") == "explicit" and config.max_position_embeddings != original_context_tokens:
+        raise ValueError(
+            f"original_context_tokens is {original_context_tokens}; the model's angles are for "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings): give that, or a model that was "
+            "not extended before: angles that are given one by one do not say what they were"
+        )
     if factor * original_context_tokens < context_tokens and rope.get("rope_type") != "explicit":
         raise ValueError(
             f"yarn_factor is {factor}; {original_context_tokens} tokens times that are fewer than context_tokens "

@@ -12,6 +12,7 @@ import torch
 from ic_model import ICConfig
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,7 +24,7 @@ from ic_train.metrics import UtilisationSampler, peak_tflops, training_flop
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is no number; nothing was saved since it was one."""
+    """The loss or its gradient is no number; nothing was saved since both were."""
 
 
 class LongContextTrainer(Trainer):
@@ -118,9 +119,7 @@ class LongContextTrainer(Trainer):
             layout=layout,
         )
         assert num_items_in_batch is not None, "the trainer counts labels: model_accepts_loss_kwargs is set"
-        bad = ~torch.isfinite(total.detach())
-        # stays on the device: reading it here would make every step wait for the GPU
-        self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+        self._note_if_not_finite(total.detach())
         self._count(inputs["input_ids"], layout)
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
@@ -148,6 +147,13 @@ class LongContextTrainer(Trainer):
             {**self.files, TRAINER_STATE_NAME: state},
             self.record,
         )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm; one that is no number means weights that will be none, though the loss still was one."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, torch.Tensor):
+            self._note_if_not_finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: weights come with the optimiser's states, once the model is sharded."""
@@ -195,15 +201,20 @@ class LongContextTrainer(Trainer):
             speed["gpu_util"] = round(utilised / processes, 4)
         return speed
 
+    def _note_if_not_finite(self, value: torch.Tensor) -> None:
+        # stays on the device: reading it here would make every step wait for the GPU
+        bad = ~torch.isfinite(value)
+        self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+
     def _stop_on_nonfinite(self) -> None:
         """Raise on all ranks where the loss of any is no number."""
         bad = self._not_finite is not None and bool(self._not_finite)
         if any_process(bad, self.group):
             self.writer.finish()
             raise NonFiniteLossError(
-                f"the loss became infinite or no number after step {self._last_finite_step}, at or before step "
-                f"{self.state.global_step}; nothing was saved since. Resume from the last checkpoint with a lower "
-                "learning_rate or max_grad_norm, or another seed"
+                "the loss or its gradient became infinite or no number after step "
+                f"{self._last_finite_step}, at or before step {self.state.global_step}; nothing was saved since. "
+                "Resume from the last checkpoint with a lower learning_rate or max_grad_norm, or another seed"
             )
         self._last_finite_step = self.state.global_step
 
