@@ -83,7 +83,14 @@ def make_impl(
     return LatentImpl(**{**arguments, **options})
 
 
-def make_builder(dims: Dims, *, drafts: int = 0, workspace_tokens: int = 100) -> LatentMetadataBuilder:
+def make_builder(
+    dims: Dims,
+    *,
+    drafts: int = 0,
+    workspace_tokens: int = 100,
+    page_tokens: int = PAGE_TOKENS,
+    device: str = "cpu",
+) -> LatentMetadataBuilder:
     """The builder as the model runner makes it, with a workspace so small that context takes several passes."""
     config = engine_config(drafts=drafts)
     config.compilation_config.static_forward_context["layer"] = SimpleNamespace(
@@ -94,7 +101,7 @@ def make_builder(dims: Dims, *, drafts: int = 0, workspace_tokens: int = 100) ->
         v_head_dim=dims.value,
     )
     builder = LatentMetadataBuilder(
-        SimpleNamespace(block_size=PAGE_TOKENS), ["layer"], config, torch.device("cpu")
+        SimpleNamespace(block_size=page_tokens), ["layer"], config, torch.device(device)
     )
     builder.workspace_tokens = workspace_tokens
     return builder
@@ -108,39 +115,44 @@ class Batch:
     requests: list[tuple[int, int]]
     dtype: torch.dtype
     kv_dtype: str = "auto"
+    device: str = "cpu"
+    page_tokens: int = PAGE_TOKENS
+    options: dict[str, Any] = field(default_factory=dict)
     impl: LatentImpl = field(init=False)
 
     def prepare(self, monkeypatch: Any) -> "Batch":
         torch.manual_seed(0)
         dims, fp8 = self.dims, self.kv_dtype != "auto"
         torch.set_default_dtype(torch.float32)
-        self.impl = make_impl(monkeypatch, dims, self.dtype, kv_cache_dtype=self.kv_dtype)
-        self.k_scale = torch.tensor(FP8_SCALE if fp8 else 1.0)
+        config = engine_config(self.dtype, **self.options)
+        self.impl = make_impl(monkeypatch, dims, self.dtype, config=config, kv_cache_dtype=self.kv_dtype)
+        self.impl.kv_b_proj.to(self.device)
+        self.k_scale = torch.tensor(FP8_SCALE if fp8 else 1.0, device=self.device)
         self.layer = SimpleNamespace(_k_scale=self.k_scale, _k_scale_float=self.k_scale.item())
-        needed = sum(-(-cached // PAGE_TOKENS) for _, cached in self.requests)
-        shape = (needed + 9, PAGE_TOKENS, dims.latent + dims.rope)
+        needed = sum(-(-cached // self.page_tokens) for _, cached in self.requests)
+        shape = (needed + 9, self.page_tokens, dims.latent + dims.rope)
         # 0x7f is float8's NaN
         self.cache = (
             torch.full(shape, 0x7F, dtype=torch.uint8)
             if fp8
             else torch.full(shape, float("nan"), dtype=self.dtype)
-        )
+        ).to(self.device)
         free = torch.randperm(needed + 9).tolist()
-        widest = max(-(-cached // PAGE_TOKENS) for _, cached in self.requests)
+        widest = max(-(-cached // self.page_tokens) for _, cached in self.requests)
         # beyond a request's pages the table holds what the runner left there
         self.table = torch.full((len(self.requests), widest + 3), 2**31 - 1, dtype=torch.int32)
         self.rows, self.slots, self.queries = [], [], []
         for index, (queries, cached) in enumerate(self.requests):
-            pages = torch.tensor([free.pop() for _ in range(-(-cached // PAGE_TOKENS))])
+            pages = torch.tensor([free.pop() for _ in range(-(-cached // self.page_tokens))])
             self.table[index, : len(pages)] = pages.int()
-            self.rows.append(torch.randn(cached, dims.latent + dims.rope).to(self.dtype))
-            self.slots.append(
-                pages.repeat_interleave(PAGE_TOKENS)[:cached] * PAGE_TOKENS
-                + torch.arange(cached) % PAGE_TOKENS
-            )
-            self.queries.append(torch.randn(queries, dims.heads, dims.nope + dims.rope).to(self.dtype))
+            self.rows.append(torch.randn(cached, dims.latent + dims.rope).to(self.device, self.dtype))
+            slots = pages.repeat_interleave(self.page_tokens)[:cached] * self.page_tokens
+            self.slots.append((slots + torch.arange(cached) % self.page_tokens).to(self.device))
+            query = torch.randn(queries, dims.heads, dims.nope + dims.rope)
+            self.queries.append(query.to(self.device, self.dtype))
             context = slice(0, cached - queries)
             self._write(self.rows[-1][context], self.slots[-1][context])
+        self.table = self.table.to(self.device)
         return self
 
     def _write(self, rows: torch.Tensor, slots: torch.Tensor) -> None:
@@ -161,9 +173,9 @@ class Batch:
             [slots[-queries:] for slots, (queries, _) in zip(self.slots, self.requests, strict=True)]
         )
         return CommonAttentionMetadata(
-            query_start_loc=starts,
+            query_start_loc=starts.to(self.device),
             query_start_loc_cpu=starts.clone(),
-            seq_lens=cached,
+            seq_lens=cached.to(self.device),
             seq_lens_cpu_upper_bound=cached.clone(),
             num_reqs=len(lengths),
             num_actual_tokens=sum(lengths) + padded_tokens,
@@ -185,7 +197,7 @@ class Batch:
         pad = (0, 0, 0, 0, 0, tokens - len(query))
         query, own = torch.nn.functional.pad(query, pad), torch.nn.functional.pad(own, pad[2:])
         cache = self.cache.view(FP8) if fp8 else self.cache
-        output = torch.full((tokens, dims.heads * dims.value), float("nan"), dtype=self.dtype)
+        output = query.new_full((tokens, dims.heads * dims.value), float("nan"))
         weight = self.impl.kv_b_proj.weight.view(dims.heads, dims.nope + dims.value, dims.latent)
         first = metadata.num_decode_tokens
         if first < tokens:
@@ -221,6 +233,6 @@ class Batch:
         keys = torch.cat((keys, rows[:, None, dims.latent :].expand(-1, dims.heads, -1)), dim=-1)
         values = torch.einsum("sc,nvc->snv", rows[:, : dims.latent], weight[:, dims.nope :])
         scores = torch.einsum("tnd,snd->nts", query, keys) * SCALE
-        position = torch.arange(len(query)) + len(rows) - len(query)
-        scores.masked_fill_(torch.arange(len(rows)) > position[:, None], float("-inf"))
+        place = torch.arange(len(rows), device=rows.device)
+        scores.masked_fill_(place > place[len(rows) - len(query) :, None], float("-inf"))
         return torch.einsum("nts,snv->tnv", scores.softmax(-1), values), scores.logsumexp(-1).T

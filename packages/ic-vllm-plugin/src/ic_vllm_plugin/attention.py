@@ -87,6 +87,11 @@ class LatentBackend(compat.AttentionBackend):
         """From Turing on."""
         return capability >= (7, 5)
 
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Which request a token belongs to is planned on the host (asked for by vLLM 0.32's adaptive drafts)."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeBatch:
