@@ -82,7 +82,8 @@ def test_work_of_the_small_ops():
 
 def test_roofline_is_the_slower_of_bytes_and_flop():
     assert CEILINGS.bound_us(Work(bytes=4_000_000, flop=1, traffic="read")) == pytest.approx(1.0)
-    assert CEILINGS.bound_us(Work(bytes=3_000_000, flop=1, traffic="copy")) == pytest.approx(1.0)
+    # the faster one: a copy by PyTorch is slower than kernels that copy
+    assert CEILINGS.bound_us(Work(bytes=4_000_000, flop=1, traffic="copy")) == pytest.approx(1.0)
     assert CEILINGS.bound_us(Work(bytes=1, flop=1_400_000_000, traffic="read")) == pytest.approx(2.0)
 
 
