@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import image
 import pytest
 import yaml
 from ansible_play import ANSIBLE, PLAYBOOK_TIMEOUT_S, Played, command, environment, inventory
-from bed import Bed
+from bed import GATEWAY, Bed
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +34,28 @@ def bed(scratch: Path) -> Iterator[Bed]:
     base = image.build(Path(kept) if kept else scratch / "image")
     with Bed(base=base, packages=base.parent / "debian", scratch=scratch, names=["c1", "n1", "n2"]) as made:
         yield made
+
+
+@dataclass(frozen=True)
+class Web:
+    """A web server inside of the bed's network."""
+
+    folder: Path
+    url: str
+
+
+@pytest.fixture(scope="session")
+def web(bed: Bed, scratch: Path) -> Iterator[Web]:
+    """What the machines can download."""
+    made = Web(scratch / "web", f"http://{GATEWAY}:8090")
+    made.folder.mkdir()
+    serve = bed.inside(
+        sys.executable, "-m", "http.server", "--bind", GATEWAY, "--directory", made.folder, "8090"
+    )
+    server = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield made
+    server.terminate()
+    server.wait(timeout=20)
 
 
 Play = Callable[..., Played]

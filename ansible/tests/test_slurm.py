@@ -16,6 +16,7 @@ VARIABLES = {
     "slurm_accounting_buffer_pool": "64M",
     # on n2 a folder as the kernel would show it with one H100
     "preflight_pci_path": "/srv/pci",
+    "nvidia_driver_manage": False,
     "preflight_min_free_gib": 1,
     "preflight_package_lists_age_s": 0,
 }
