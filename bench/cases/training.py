@@ -6,8 +6,8 @@
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
 random weights and real text, with settings from `training.json`. The first window of steps is left out. MFU is
-what `ic_train.metrics` counts: three times the forward pass, attention with its causal half, no recomputation, over the
-dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over the windows that count.
+what `ic_train.metrics` counts: three times the forward pass, attention with its causal half, no recomputation,
+over the dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over the windows that count.
 """
 
 from __future__ import annotations

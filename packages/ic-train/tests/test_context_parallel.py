@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,6 +65,31 @@ def test_a_blocks_gradients_are_those_of_autograd(lengths: tuple[int, ...]) -> N
         found = block_backward(d_out, q, k, v, out, lse, softmax_scale=0.3, lengths=lengths)
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, "fp32_peer")
+
+
+INTERPRETED = """
+import torch
+from ic_train.context_parallel.blocks import _formula_backward, _kernel_backward, block_forward
+torch.manual_seed(0)
+for queries, lengths in ((20, ()), (37, (5, 1, 31))):
+    q, k, v = torch.randn(queries, 2, 192), torch.randn(37, 2, 192), torch.randn(37, 2, 128)
+    out, lse = block_forward(q, k, v, softmax_scale=0.1, lengths=lengths)
+    # as if other blocks had more keys
+    inputs = (torch.randn_like(out), q, k, v, out, lse + 0.3, 0.1, lengths)
+    for one, other in zip(_kernel_backward(*inputs), _formula_backward(*inputs), strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm(), (queries, lengths)
+print("equal")
+"""
+
+
+def test_the_kernels_gradients_of_a_block_are_the_formulas() -> None:
+    # Triton decides when it is imported whether it interprets
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", INTERPRETED]
+    finished = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert finished.stdout == "equal\n", finished.stderr[-2000:]
 
 
 def test_rows_that_travel_are_a_fraction_of_what_they_expand_to() -> None:

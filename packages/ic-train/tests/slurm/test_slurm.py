@@ -15,7 +15,7 @@ from slurm_cluster import Cluster, install
 from training_runs import FSDP_ON_CPU, PACKAGE, RECIPE, make_toys, steps_of
 
 SCRIPTS = PACKAGE / "slurm"
-STEPS = 400
+STEPS = 300
 
 
 @dataclass
@@ -99,7 +99,7 @@ def test_a_sweep_has_a_folder_per_rate_and_the_evaluation_waits_for_it(jobs: Job
     more = ("--max_steps", "2", "--save_strategy", "no")
     sweep = jobs.train(output, *more, script="sweep.sbatch", options=("--array=0-1",))
     waiting = (f"--dependency=afterok:{sweep}",)
-    words = (str(output / "lr-1e-2"), "512")
+    words = (str(output / "lr-1e-2"), "--context-tokens", "512", "--contexts", "1", "--keys-per-context", "4")
     evaluation = jobs.submit("evaluate.sbatch", *words, options=waiting)
     assert jobs.cluster.state_of(evaluation) == "PENDING"
     jobs.cluster.wait_until_done(evaluation, 120)

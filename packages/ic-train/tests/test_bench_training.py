@@ -1,0 +1,58 @@
+"""The benchmark of the trainer: its cases and commands, and one of them on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+from bench.cases import training
+from training_runs import make_toys
+
+
+def test_a_toy_case_runs_through_the_trainer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    toys = make_toys(tmp_path)
+    words = ["--toy", "--model", str(toys["model"]), "--corpus", str(toys["corpus"])]
+    assert training.main([*words, "--implementations", "ours", "--results", str(tmp_path / "results")]) == 0
+    said = capfd.readouterr().out
+    assert "tokens/s" in said and f"{training.TOY_LENGTHS[0]:,}" in said
+    assert not (tmp_path / "results").exists(), "a toy is no result"
+
+
+def test_the_issues_lengths_are_covered_the_most_important_first() -> None:
+    options = training._parser().parse_args([])
+    cases = training._cases(options)
+    assert {length for length, _ in cases} == {4096, 8192, 32768, 131072}
+    assert cases[:2] == [(8192, "ours"), (131072, "ours")]
+    assert {name for _, name in cases} == {"ours", "torch"}
+
+
+def test_commands_differ_in_what_is_compared_alone(tmp_path: Path) -> None:
+    options = training._parser().parse_args([])
+    ours, torch = (
+        training._command(options, 8192, name, Path("corpus"), Path("out")) for name in ("ours", "torch")
+    )
+    changed = {word for word in ours if word not in torch} | {word for word in torch if word not in ours}
+    assert changed == {"mla_prefill", "auto", "sdpa", "full"}
+    assert ours[ours.index("--tokens_per_sequence") + 1] == "8192"
+
+
+def test_what_did_not_run_has_its_reason_and_no_number(tmp_path: Path) -> None:
+    options = argparse.Namespace(model="no-such-model", toy=True, seed=0, flags="")
+    row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=120)
+    assert "no-such-model" in row["error"] and not row["out_of_memory"]
+    assert "tokens_per_s" not in row
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--implementations", "fast"], "--implementations has 'fast'; accepted: ours"),
+        (["--lengths", "5"], "--lengths has '5'; accepted: 4096"),
+    ],
+)
+def test_unknown_cases_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main(words) == 2
+    assert message in capsys.readouterr().err
