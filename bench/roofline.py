@@ -38,7 +38,9 @@ class Roofline:
     def bound_us(self, work: Work) -> float:
         """Shortest possible time of an op: the longer of its bytes at full bandwidth and its FLOP at the peak."""
         # what writes is held to the same: PyTorch copies by the copy engines, which kernels outrun
-        bandwidth = self.read_gb_per_s if work.traffic == "read" else max(self.read_gb_per_s, self.copy_gb_per_s)
+        bandwidth = (
+            self.read_gb_per_s if work.traffic == "read" else max(self.read_gb_per_s, self.copy_gb_per_s)
+        )
         return max(work.bytes / bandwidth / 1e3, work.flop / self.bf16_tflops / 1e6)
 
     def fields(self) -> dict[str, Any]:

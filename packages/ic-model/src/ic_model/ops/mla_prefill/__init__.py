@@ -15,7 +15,7 @@ from ic_model.ops.mla_prefill.reference import merge_attention
 __all__ = ["merge_attention", "mla_prefill", "mla_prefill_dense"]
 
 # What is tried, in this order, by compute capability from which on; who cannot take the arguments is passed over.
-# 90: by speed on an NVIDIA H100 (docs/log.md, 2026-11-25). 80 and 89: not measured; cuDNN gets 192/128 from PyTorch
+# 90: by speed on an NVIDIA H100 (docs/log.md, 2026-11-25). 80 and 89: not measured; PyTorch gives 192/128 to cuDNN
 # only from 90 on. 75: not measured; stock Triton has no tensor cores there, nor has cuDNN an attention.
 AUTOMATIC_ORDER = {
     90: ("gluon", "cudnn", "triton", "torch", "reference"),
