@@ -31,6 +31,7 @@ from typing import Any
 
 from ic_model.presets import preset_names
 from ic_model.sizing import load_config, size
+from ic_model.sizing_serving import PAGE_TOKENS
 from ic_train.results import new_result_folder, write_result
 
 from bench.cases.serving_engine import on_gpu
@@ -122,7 +123,13 @@ def measure_engines(run: Run, *, lengths: list[int], **task: Any) -> None:
         engine = engine_arguments(
             run, impl, max_model_len=max(lengths), kv_cache_dtype=o.kv_dtype, max_num_seqs=o.max_num_seqs
         )
-        engine |= {"max_num_batched_tokens": o.step_tokens, **json.loads(o.engine)}
+        engine |= {"max_num_batched_tokens": o.step_tokens}
+        if not task.get("memory_limit_gib"):
+            # what the longest context takes: the peak is then what is needed, not what vLLM would fill
+            kv_dtype = {"auto": "bf16", "fp8": "fp8"}[o.kv_dtype]
+            per_token = size(config, context_tokens=1, kv_dtype=kv_dtype).kv_bytes_per_token
+            engine["kv_cache_memory_bytes"] = (max(lengths) + 4 * PAGE_TOKENS) * per_token
+        engine |= json.loads(o.engine)
         specification = {"task": "timed", "engine": engine, "lengths": lengths, "new_tokens": o.new_tokens}
         found = run_child({**specification, "limit_s": run.left_s - 30, **task}, run.left_s)
         if "error" in found:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 import torch
 import vllm
 from latent_batches import SCALE, Dims, engine_config
+from served_models import served_checkpoint
+from vllm.engine.arg_utils import EngineArgs
 from vllm.lora import model_manager
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention, MLACommonPrefillMetadata
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention import backend as vllm_backend
 from vllm.v1.attention.backends.mla.prefill import MLAPrefillBackend
 
@@ -66,6 +70,45 @@ def test_the_impl_is_made_with_arguments_that_vllm_has():
 def test_methods_of_the_builder_take_what_vllm_hands_over(method):
     theirs = getattr(vllm_backend.AttentionMetadataBuilder, method)
     assert parameters(getattr(attention.LatentMetadataBuilder, method)) == parameters(theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reasons"),
+    [
+        ({}, []),
+        ({"head_size": 256, "kv_cache_dtype": "fp8", "device_capability": DeviceCapability(7, 5)}, []),
+        ({"use_mla": False}, ["non-MLA not supported"]),
+        ({"use_sparse": True}, ["sparse not supported"]),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype not supported"]),
+        ({"block_size": 16}, ["block_size not supported"]),
+        ({"device_capability": DeviceCapability(7, 0)}, ["compute capability not supported"]),
+    ],
+)
+def test_what_vllm_is_told_when_our_backend_is_asked_for_by_name(changes, reasons):
+    asked = {
+        "head_size": 576,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 64,
+        "use_mla": True,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": DeviceCapability(8, 0),
+        "attn_type": "decoder",
+    }
+    assert attention.LatentBackend.validate_configuration(**{**asked, **changes}) == reasons
+
+
+def test_gpus_that_do_not_divide_the_heads_are_refused(monkeypatch):
+    # what the platform sets on the way is put back
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    arguments = EngineArgs(model=str(served_checkpoint()), tensor_parallel_size=3, max_model_len=1024)
+    with pytest.raises(
+        ValueError, match=r"attention heads \(4\) must be divisible by tensor parallel size \(3\)"
+    ):
+        arguments.create_engine_config()
 
 
 def test_nothing_is_abstract_in_our_classes():

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from ic_model.ops.latent_cache.reference import quantize
 from ic_model.ops.mla_decode import mla_decode
@@ -184,7 +185,7 @@ class LatentMetadataBuilder(compat.AttentionMetadataBuilder):
         decodes, prefills, decode_tokens, _ = compat.split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )
-        starts = common.query_start_loc_cpu.tolist()
+        starts = common.query_start_loc_cpu.numpy()
         return LatentMetadata(
             num_reqs=common.num_reqs,
             num_actual_tokens=common.num_actual_tokens,
@@ -201,19 +202,16 @@ class LatentMetadataBuilder(compat.AttentionMetadataBuilder):
             else None,
         )
 
-    def _decode(self, common: Any, starts: list[int], tokens: int) -> DecodeBatch:
-        requests = len(starts) - 1
-        lengths = [high - low for low, high in zip(starts[:-1], starts[1:], strict=True)]
-        longest = max(1, *lengths)
+    def _decode(self, common: Any, starts: np.ndarray, tokens: int) -> DecodeBatch:
+        lengths = np.diff(starts)
+        requests, longest = len(lengths), max(1, int(lengths.max()))
         rows = None
         # requests without tokens, at the end, fill a CUDA graph: the tokens are padded for them, too
-        if tokens != requests * longest or any(length not in (0, longest) for length in lengths):
-            places = [
-                request * longest + longest - length + place
-                for request, length in enumerate(lengths)
-                for place in range(length)
-            ]
-            rows = torch.tensor(places, dtype=torch.int64).to(self.device, non_blocking=True)
+        if tokens != requests * longest or ((lengths != longest) & (lengths != 0)).any():
+            ends = np.arange(1, requests + 1) * longest
+            # each token's distance from its request's end
+            distances = np.repeat(starts[1:], lengths) - np.arange(starts[-1])
+            rows = torch.from_numpy(np.repeat(ends, lengths) - distances).to(self.device, non_blocking=True)
         return DecodeBatch(
             block_table=common.block_table_tensor[:requests],
             seq_lens=common.seq_lens[:requests],
@@ -221,26 +219,25 @@ class LatentMetadataBuilder(compat.AttentionMetadataBuilder):
             rows=rows,
         )
 
-    def _prefill(self, common: Any, first: int, starts: list[int]) -> PrefillBatch:
-        bounds = [start - starts[0] for start in starts]
-        queries = [high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    def _prefill(self, common: Any, first: int, starts: np.ndarray) -> PrefillBatch:
+        bounds = starts - starts[0]
+        queries = np.diff(bounds)
         block_table = common.block_table_tensor[first:]
-        lengths = self._lengths(common)[first : first + len(queries)]
-        context = [length - query for length, query in zip(lengths, queries, strict=True)]
+        context = self._lengths(common)[first : first + len(queries)] - queries
         return PrefillBatch(
-            query_starts=torch.tensor(bounds, dtype=torch.int32).to(self.device, non_blocking=True),
-            max_query_tokens=max(queries),
+            query_starts=torch.from_numpy(bounds.astype(np.int32)).to(self.device, non_blocking=True),
+            max_query_tokens=int(queries.max()),
             context=[
-                locate_context(pieces, bounds, block_table, self.page_tokens)
-                for pieces in plan_context(context, self.workspace_tokens)
+                locate_context(pieces, bounds.tolist(), block_table, self.page_tokens)
+                for pieces in plan_context(context.tolist(), self.workspace_tokens)
             ],
         )
 
-    def _lengths(self, common: Any) -> list[int]:
+    def _lengths(self, common: Any) -> np.ndarray:
         """Cached tokens of each request."""
-        host = getattr(common, "seq_lens_cpu_upper_bound", None)
+        host = common.seq_lens_cpu_upper_bound
         exact = host is not None and self.host_lengths_are_exact
-        return (host if exact else common.seq_lens).tolist()
+        return (host if exact else common.seq_lens.cpu()).numpy()
 
 
 class LatentImpl(compat.MLAAttentionImpl):
