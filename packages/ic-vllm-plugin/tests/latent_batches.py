@@ -9,7 +9,8 @@ from ic_model.ops.latent_cache.reference import quantize
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ic_vllm_plugin import compat
-from ic_vllm_plugin.attention import LatentImpl, LatentMetadata, LatentMetadataBuilder
+from ic_vllm_plugin.attention import LatentImpl
+from ic_vllm_plugin.metadata import LatentMetadata, LatentMetadataBuilder
 
 FP8 = torch.float8_e4m3fn
 PAGE_TOKENS = 16
@@ -33,7 +34,8 @@ class KVBProj(torch.nn.Module):
 
     def __init__(self, dims: Dims, dtype: torch.dtype) -> None:
         super().__init__()
-        weight = torch.randn(dims.heads, dims.nope + dims.value, dims.latent) / dims.latent**0.5
+        shape = (dims.heads, dims.nope + dims.value, dims.latent)
+        weight = torch.randn(shape, dtype=torch.float32) / dims.latent**0.5
         self.weight = torch.nn.Parameter(weight.flatten(0, 1).to(dtype), requires_grad=False)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -99,6 +101,7 @@ def make_builder(
         qk_rope_head_dim=dims.rope,
         qk_nope_head_dim=dims.nope,
         v_head_dim=dims.value,
+        impl=SimpleNamespace(warm_up=lambda *_, **__: None),
     )
     builder = LatentMetadataBuilder(
         SimpleNamespace(block_size=page_tokens), ["layer"], config, torch.device(device)
@@ -123,9 +126,13 @@ class Batch:
     def prepare(self, monkeypatch: Any) -> "Batch":
         torch.manual_seed(0)
         dims, fp8 = self.dims, self.kv_dtype != "auto"
-        torch.set_default_dtype(torch.float32)
         config = engine_config(self.dtype, **self.options)
-        self.impl = make_impl(monkeypatch, dims, self.dtype, config=config, kv_cache_dtype=self.kv_dtype)
+        # as vLLM does while it builds a model
+        torch.set_default_dtype(self.dtype)
+        try:
+            self.impl = make_impl(monkeypatch, dims, self.dtype, config=config, kv_cache_dtype=self.kv_dtype)
+        finally:
+            torch.set_default_dtype(torch.float32)
         self.impl.kv_b_proj.to(self.device)
         self.k_scale = torch.tensor(FP8_SCALE if fp8 else 1.0, device=self.device)
         self.layer = SimpleNamespace(_k_scale=self.k_scale, _k_scale_float=self.k_scale.item())

@@ -5,7 +5,8 @@ import torch
 from latent_batches import FP8_SCALE, Batch, Dims, engine_config, make_builder, make_impl
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from ic_vllm_plugin.attention import LatentBackend, LatentMetadataBuilder
+from ic_vllm_plugin.attention import LatentBackend
+from ic_vllm_plugin.metadata import LatentMetadataBuilder
 from ic_vllm_plugin.prefill import plan_context
 
 ROW_320, ROW_576 = Dims(256, 64, 128, 128, 4), Dims(512, 64, 128, 128, 2)
@@ -172,6 +173,26 @@ def test_options_choose_kernels(monkeypatch):
     metadata = make_builder(ROW_320).build(0, batch.common())
     with pytest.raises(ValueError, match="implementation is 'torch', which cannot compute"):
         batch.run(metadata)
+
+
+@pytest.mark.parametrize("kv_dtype", ("auto", "fp8"))
+def test_every_kernel_is_tried_before_the_first_request(monkeypatch, kv_dtype):
+    batch = Batch(ROW_320, BATCHES["decode"], torch.float32, kv_dtype).prepare(monkeypatch)
+    ran = []
+    for name in ("_decode", "_attend"):
+        original = getattr(batch.impl, name)
+        monkeypatch.setattr(
+            batch.impl, name, lambda *a, _name=name, _run=original, **k: ran.append(_name) or _run(*a, **k)
+        )
+    batch.impl.warm_up(torch.device("cpu"), page_tokens=64, query_tokens=4)
+    assert ran.count("_decode") == 2 and ran.count("_attend") == 6
+
+
+def test_a_kernel_that_cannot_run_here_stops_the_start(monkeypatch):
+    for option, message in (({"decode": "triton"}, "triton"), ({"prefill": "torch"}, "torch")):
+        batch = Batch(ROW_320, BATCHES["decode"], torch.float32, options=option).prepare(monkeypatch)
+        with pytest.raises(ValueError, match=f"implementation is '{message}', which cannot compute"):
+            batch.impl.warm_up(torch.device("cpu"), page_tokens=64, query_tokens=1)
 
 
 def test_pages_that_suit_the_kernel_for_hopper():

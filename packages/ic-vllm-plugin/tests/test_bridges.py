@@ -21,7 +21,7 @@ from vllm.v1.attention import backend as vllm_backend
 from vllm.v1.attention.backends.mla.prefill import MLAPrefillBackend
 
 import ic_vllm_plugin
-from ic_vllm_plugin import attention, compat, gpu_defaults, prefill, workspace
+from ic_vllm_plugin import attention, compat, gpu_defaults, metadata, prefill, workspace
 from ic_vllm_plugin.prefill_backend import OpsPrefillBackend
 
 DIMS = Dims(256, 64, 128, 128, 4)
@@ -69,7 +69,7 @@ def test_the_impl_is_made_with_arguments_that_vllm_has():
 @pytest.mark.parametrize("method", ("__init__", "build"))
 def test_methods_of_the_builder_take_what_vllm_hands_over(method):
     theirs = getattr(vllm_backend.AttentionMetadataBuilder, method)
-    assert parameters(getattr(attention.LatentMetadataBuilder, method)) == parameters(theirs)
+    assert parameters(getattr(metadata.LatentMetadataBuilder, method)) == parameters(theirs)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_gpus_that_do_not_divide_the_heads_are_refused(monkeypatch):
 def test_nothing_is_abstract_in_our_classes():
     for ours in (
         attention.LatentBackend,
-        attention.LatentMetadataBuilder,
+        metadata.LatentMetadataBuilder,
         attention.LatentImpl,
         OpsPrefillBackend,
     ):

@@ -10,30 +10,21 @@ v_head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from ic_model.ops.latent_cache.reference import quantize
 from ic_model.ops.mla_decode import mla_decode
 
 from ic_vllm_plugin import compat
 from ic_vllm_plugin.latent_attention import write_latents
+from ic_vllm_plugin.metadata import DecodeBatch, LatentMetadata, LatentMetadataBuilder
 from ic_vllm_plugin.options import read_options
-from ic_vllm_plugin.prefill import (
-    ContextPass,
-    MergedAttention,
-    attention,
-    gather_rows,
-    locate_context,
-    plan_context,
-    prefill_kernel,
-)
-from ic_vllm_plugin.workspace import workspace_tokens
+from ic_vllm_plugin.prefill import ContextPass, MergedAttention, attention, gather_rows, prefill_kernel
 
 # what every kernel can take; the one for Hopper asks for 64, so that is what vLLM is told
 PAGE_TOKENS = 64
+FP8 = torch.float8_e4m3fn
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 # of ic_model.ops.mla_prefill
 PREFILL_DIM_STEP, MAX_PREFILL_DIM = 16, 256
@@ -94,152 +85,6 @@ class LatentBackend(compat.AttentionBackend):
         return False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeBatch:
-    """The requests that run absorbed.
-
-    Args:
-        block_table: `[B, pages]` int32.
-        seq_lens: `[B]` int32, cached tokens with this step's; 0 for a request that only fills a CUDA graph.
-        query_tokens: T, the most query tokens of a request.
-        rows: None where every request has T. Else `[tokens]` int64, each token's row among `B * T`: a shorter
-            request takes the last rows of its T, as the kernel's causal mask is aligned to the end.
-    """
-
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_tokens: int
-    rows: torch.Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrefillBatch:
-    """The requests that run expanded.
-
-    Args:
-        query_starts: `[requests + 1]` int32, from 0.
-        max_query_tokens: the longest.
-        context: passes over what is cached before this step's tokens.
-        chunked_context: asked for by MLAAttention on other backends' account.
-    """
-
-    query_starts: torch.Tensor
-    max_query_tokens: int
-    context: list[ContextPass]
-    chunked_context: None = None
-
-
-@dataclass
-class LatentMetadata(compat.AttentionMetadata):
-    """One step's batch, short queries first; all layers share it.
-
-    Args:
-        num_reqs, num_actual_tokens, max_query_len, max_seq_len: of the batch, as vLLM gives them.
-        query_start_loc: `[requests + 1]` int32.
-        slot_mapping: `[tokens]` where each token's row goes.
-        num_decodes, num_decode_tokens: requests and query tokens that run absorbed.
-        num_prefills: requests that run expanded.
-        decode, prefill: the two parts.
-        causal: always.
-    """
-
-    num_reqs: int
-    num_actual_tokens: int
-    max_query_len: int
-    max_seq_len: int
-    query_start_loc: torch.Tensor
-    slot_mapping: torch.Tensor
-    num_decodes: int
-    num_decode_tokens: int
-    num_prefills: int
-    decode: DecodeBatch | None
-    prefill: PrefillBatch | None
-    causal: bool = True
-
-
-class LatentMetadataBuilder(compat.AttentionMetadataBuilder):
-    """Makes `LatentMetadata` from what the model runner knows about a step.
-
-    A decode step's metadata are views of the runner's own buffers, so that a CUDA graph can hold them.
-    """
-
-    # full CUDA graphs for decode, also with as many query tokens of every request (speculative decoding)
-    _cudagraph_support: ClassVar[Any] = compat.AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.page_tokens = kv_cache_spec.block_size
-        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
-        self.workspace_tokens = workspace_tokens(vllm_config, layer)
-        # with drafts in flight, the host's lengths are upper bounds
-        self.host_lengths_are_exact = vllm_config.speculative_config is None
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> LatentMetadata:
-        """Metadata of one step."""
-        common = common_attn_metadata
-        decodes, prefills, decode_tokens, _ = compat.split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold
-        )
-        starts = common.query_start_loc_cpu.numpy()
-        return LatentMetadata(
-            num_reqs=common.num_reqs,
-            num_actual_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            query_start_loc=common.query_start_loc,
-            slot_mapping=common.slot_mapping,
-            num_decodes=decodes,
-            num_decode_tokens=decode_tokens,
-            num_prefills=prefills,
-            decode=self._decode(common, starts[: decodes + 1], decode_tokens) if decodes else None,
-            prefill=self._prefill(common, decodes, starts[decodes : common.num_reqs + 1])
-            if prefills
-            else None,
-        )
-
-    def _decode(self, common: Any, starts: np.ndarray, tokens: int) -> DecodeBatch:
-        lengths = np.diff(starts)
-        requests, longest = len(lengths), max(1, int(lengths.max()))
-        rows = None
-        # requests without tokens, at the end, fill a CUDA graph: the tokens are padded for them, too
-        if tokens != requests * longest or ((lengths != longest) & (lengths != 0)).any():
-            ends = np.arange(1, requests + 1) * longest
-            # each token's distance from its request's end
-            distances = np.repeat(starts[1:], lengths) - np.arange(starts[-1])
-            rows = torch.from_numpy(np.repeat(ends, lengths) - distances).to(self.device, non_blocking=True)
-        return DecodeBatch(
-            block_table=common.block_table_tensor[:requests],
-            seq_lens=common.seq_lens[:requests],
-            query_tokens=longest,
-            rows=rows,
-        )
-
-    def _prefill(self, common: Any, first: int, starts: np.ndarray) -> PrefillBatch:
-        bounds = starts - starts[0]
-        queries = np.diff(bounds)
-        block_table = common.block_table_tensor[first:]
-        context = self._lengths(common)[first : first + len(queries)] - queries
-        return PrefillBatch(
-            query_starts=torch.from_numpy(bounds.astype(np.int32)).to(self.device, non_blocking=True),
-            max_query_tokens=int(queries.max()),
-            context=[
-                locate_context(pieces, bounds.tolist(), block_table, self.page_tokens)
-                for pieces in plan_context(context.tolist(), self.workspace_tokens)
-            ],
-        )
-
-    def _lengths(self, common: Any) -> np.ndarray:
-        """Cached tokens of each request."""
-        host = common.seq_lens_cpu_upper_bound
-        exact = host is not None and self.host_lengths_are_exact
-        return (host if exact else common.seq_lens.cpu()).numpy()
-
-
 class LatentImpl(compat.MLAAttentionImpl):
     """The attention of one layer. MLAAttention calls it: first the cache update, then the two forwards."""
 
@@ -286,13 +131,15 @@ class LatentImpl(compat.MLAAttentionImpl):
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.kv_b_proj = kv_b_proj
+        # vLLM builds a model with its own dtype as the default
+        self._dtype = torch.get_default_dtype()
         options = read_options(compat.current_vllm_config())
         self._decode_with = options.decode
         kernel = prefill_kernel(
             options.prefill,
             query_dim=qk_nope_head_dim + qk_rope_head_dim,
             value_dim=v_head_dim,
-            dtype=torch.get_default_dtype(),
+            dtype=self._dtype,
         )
         self._attend = attention(kernel, self.scale)
         compat.logger().info_once(
@@ -302,6 +149,44 @@ class LatentImpl(compat.MLAAttentionImpl):
             if kernel[0] == "flash_attn"
             else f"ic_model.ops.mla_prefill ({kernel[1] or 'the best for this GPU'})",
         )
+
+    def warm_up(self, device: torch.device, *, page_tokens: int, query_tokens: int) -> None:
+        """Run every kernel once on zeros, so that what does not compile or run stops the start, not a request.
+
+        Args:
+            device: of the model.
+            page_tokens: of the cache's pages.
+            query_tokens: most query tokens of a request that runs absorbed.
+        """
+        dtype = self._dtype
+        fp8 = self.kv_cache_dtype.startswith("fp8")
+        cache = torch.zeros(2, page_tokens, self.head_size, dtype=FP8 if fp8 else dtype, device=device)
+        for tokens in {1, query_tokens}:
+            query = torch.zeros(1, tokens, self.num_heads, self.head_size, dtype=dtype, device=device)
+            batch = DecodeBatch(
+                block_table=torch.tensor([[0, 1]], dtype=torch.int32, device=device),
+                seq_lens=torch.tensor([page_tokens + 1], dtype=torch.int32, device=device),
+                query_tokens=tokens,
+                rows=None,
+            )
+            self._decode(query, cache, batch, 1.0)
+        # Triton compiles numbers that 16 divides apart from others
+        for tokens in (64, 65):
+            latents = torch.zeros(tokens, self.kv_lora_rank, dtype=dtype, device=device)
+            keys, values = self._expand(latents, latents.new_zeros(tokens, self.qk_rope_head_dim))
+            starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+            for causal, return_lse in ((True, False), (True, True), (False, True)):
+                self._attend(
+                    torch.zeros_like(keys),
+                    keys,
+                    values,
+                    query_starts=starts,
+                    key_starts=None if causal else starts.clone(),
+                    max_query_tokens=tokens,
+                    max_key_tokens=tokens,
+                    causal=causal,
+                    return_lse=return_lse,
+                )
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """The output is in the model's dtype."""
@@ -324,7 +209,7 @@ class LatentImpl(compat.MLAAttentionImpl):
             return
         slots = slot_mapping.flatten()
         latents, rope_keys = kv_c_normed[: len(slots)], k_pe[: len(slots)].flatten(1)
-        if kv_cache.dtype in (torch.uint8, torch.float8_e4m3fn):
+        if kv_cache.dtype in (torch.uint8, FP8):
             latents, rope_keys = (quantize(x, k_scale.item()).view(torch.uint8) for x in (latents, rope_keys))
             kv_cache = kv_cache.view(torch.uint8)
         write_latents(kv_cache, latents, rope_keys, slots)
@@ -349,7 +234,7 @@ class LatentImpl(compat.MLAAttentionImpl):
             query.view(requests, batch.query_tokens, *query.shape[1:]),
             kv_c_and_k_pe_cache,
             batch,
-            layer._k_scale_float if kv_c_and_k_pe_cache.dtype == torch.float8_e4m3fn else 1.0,
+            layer._k_scale_float if kv_c_and_k_pe_cache.dtype == FP8 else 1.0,
         )
         out, lse = out.flatten(0, 1), lse.flatten(0, 1)
         if batch.rows is not None:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SECTION = "infinite_context"
 DECODE = ("hopper", "turing", "triton", "reference")
-PREFILL = ("flash_attn", "ops", "cudnn", "triton", "gluon", "torch", "reference")
+# without cudnn, which returns no log-sum-exp: attention to cached context could not be merged
+PREFILL = ("flash_attn", "ops", "triton", "gluon", "torch", "reference")
 MAX_WORKSPACE_MIB = 65536
 
 

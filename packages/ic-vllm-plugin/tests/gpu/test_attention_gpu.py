@@ -101,6 +101,12 @@ def test_a_captured_decode_step_is_replayed_with_other_lengths_pages_and_rows(mo
     assert not out[2 * tokens :].any() and out[: 2 * tokens].any()
 
 
+@pytest.mark.parametrize("kv_dtype", ("auto", "fp8"))
+def test_every_kernel_runs_before_the_first_request(monkeypatch, kv_dtype):
+    batch = batch_on_gpu(monkeypatch, ROW_320, BATCHES["decode"], kv_dtype)
+    batch.impl.warm_up(torch.device("cuda"), page_tokens=PAGE_TOKENS, query_tokens=1 + DRAFTS)
+
+
 def test_kernels_for_turing_compute_the_same(monkeypatch):
     options = {"decode": "turing", "prefill": "torch"}
     for requests in BATCHES.values():
