@@ -4,7 +4,7 @@
     python charts/tools/generate.py --check    exit 1 and name the files that are not up to date
 
 values.schema.json and the README's tables come from the comments of values.yaml; files/sizing.json from
-`ic_model.sizing`. The part of values.yaml below the line MONITORING is values.monitoring.part.yaml, word for word.
+`ic_model.sizing_serving`. The part of values.yaml below the line MONITORING is values.monitoring.part.yaml, word for word.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ CHART = Path(__file__).parents[1] / "infinite-context"
 MONITORING = "# Monitoring and autoscaling: edit values.monitoring.part.yaml, then run the command above."
 README_BLOCK = re.compile(r"(<!-- values -->\n).*?(<!-- /values -->)", re.DOTALL)
 TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+# what `vllm serve` takes for --max-num-batched-tokens and --max-num-seqs by itself, by the memory of the card
+# (EngineArgs.get_batch_defaults of vLLM 0.32; an A100 of 80 GB gets the first row, so the second is the safe one)
+VLLM_DEFAULTS = [
+    {"fromGib": 0, "tokens": 2048, "sequences": 256},
+    {"fromGib": 70, "tokens": 8192, "sequences": 1024},
+    {"fromGib": 160, "tokens": 16384, "sequences": 1024},
+]
 QUANTITY = r"^[0-9]+(\.[0-9]+)?([EPTGMk]i?|m)?$"
 DEFINITIONS = {
     "quantities": {
@@ -190,32 +197,41 @@ def _table(keys: list[Key]) -> str:
 
 
 def sizing_table() -> dict[str, Any]:
-    """What the templates need to check a context length, in the words of `ic_model.sizing`.
-
-    `workspace_bytes` there is, for a context of S tokens, `fixed + row * clamp(8 S)`; both factors are taken from
-    two calls of the function itself, so that the arithmetic stays in one place.
-    """
-    from ic_model import sizing
+    """What the templates need to check a context length, in the words of `ic_model.sizing_serving`."""
+    from ic_model import sizing, sizing_serving
     from ic_model.presets import preset, preset_names
     from ic_vllm_plugin import compat, cpu_defaults
 
-    lowest, highest = 4 * sizing.SEQUENCES * sizing.PAGE_TOKENS, sizing.MAX_WORKSPACE_TOKENS
     presets = {}
     for name in preset_names():
         config = preset(name)
-        few, many = (sizing.workspace_bytes(config, rows // 8) for rows in (lowest, highest))
-        row_bytes = (many - few) // (highest - lowest)
         presets[name] = {
             "parameters": sizing.parameter_count(config),
             "embeddingParameters": sizing.embedding_parameters(config),
-            "kvNumbersPerToken": sizing.kv_numbers_per_token(config),
             "maxContextTokens": config.max_position_embeddings,
-            "workspaceFixedBytes": few - row_bytes * lowest,
-            "workspaceRowBytes": row_bytes,
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "hiddenSize": config.hidden_size,
+            "intermediateSize": config.intermediate_size,
+            "vocabSize": config.vocab_size,
+            "qLoraRank": config.q_lora_rank or 0,
+            "kvLoraRank": config.kv_lora_rank,
+            "qkRopeHeadDim": config.qk_rope_head_dim,
+            "qkNopeHeadDim": config.qk_nope_head_dim,
+            "vHeadDim": config.v_head_dim,
         }
     return {
-        "generatedBy": "python charts/tools/generate.py, from ic_model.sizing",
-        "workspaceRows": {"perContextToken": 8, "min": lowest, "max": highest},
+        "generatedBy": "python charts/tools/generate.py, from ic_model.sizing_serving",
+        "pageTokens": sizing_serving.PAGE_TOKENS,
+        "runtimeBytes": round(sizing.RUNTIME_GIB * sizing.GIB),
+        "graphBytesPerLayer": sizing_serving.GRAPH_BYTES_PER_LAYER,
+        "prefill": {
+            "share": sizing_serving.PREFILL_SHARE,
+            "minBytes": sizing_serving.MIN_PREFILL_BYTES,
+            "maxBytes": sizing_serving.MAX_PREFILL_BYTES,
+            "minTokens": sizing_serving.MIN_PREFILL_TOKENS,
+        },
+        "vllmDefaults": VLLM_DEFAULTS,
         # as `plan_cpu_memory` divides a machine without a GPU; the loader holds the weights twice
         "cpu": {
             "processesBytes": cpu_defaults.PROCESSES_BYTES,

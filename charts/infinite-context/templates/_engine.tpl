@@ -46,6 +46,10 @@
 - --max-num-seqs
 - {{ $engine.maxNumSeqs | quote }}
 {{- end }}
+{{- if gt (int $engine.maxNumBatchedTokens) 0 }}
+- --max-num-batched-tokens
+- {{ $engine.maxNumBatchedTokens | quote }}
+{{- end }}
 {{- if .Values.model.loraAdapters }}
 - --enable-lora
 - --max-lora-rank
