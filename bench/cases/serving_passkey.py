@@ -91,7 +91,9 @@ def _ask_all(run: Run, server: Server, tokens: int, context: int) -> Iterator[di
 
     def ask(key: PassKey) -> dict[str, Any]:
         question = tokenizer(key.question, add_special_tokens=False)["input_ids"]
+        asked = time.monotonic()
         status, answer = server.complete(ids + question, max_tokens=8)
+        answer_s = time.monotonic() - asked
         text = answer["choices"][0]["text"] if status == 200 else str(answer)[:200]
         return {
             "context": context,
@@ -102,6 +104,7 @@ def _ask_all(run: Run, server: Server, tokens: int, context: int) -> Iterator[di
             "answer": text,
             "correct": status == 200 and parse_answer(text) == key.digits,
             "prefill_s": round(prefill_s, 3),
+            "answer_s": round(answer_s, 3),
         }
 
     with ThreadPoolExecutor(QUESTIONS_AT_A_TIME) as pool:

@@ -89,12 +89,14 @@ def make_builder(
     dims: Dims,
     *,
     drafts: int = 0,
+    absorbed_tokens: int | None = None,
     workspace_tokens: int = 100,
     page_tokens: int = PAGE_TOKENS,
     device: str = "cpu",
 ) -> LatentMetadataBuilder:
     """The builder as the model runner makes it, with a workspace so small that context takes several passes."""
-    config = engine_config(drafts=drafts)
+    options = {"absorbed_tokens": absorbed_tokens} if absorbed_tokens else {}
+    config = engine_config(drafts=drafts, **options)
     config.compilation_config.static_forward_context["layer"] = SimpleNamespace(
         num_heads=dims.heads,
         kv_lora_rank=dims.latent,

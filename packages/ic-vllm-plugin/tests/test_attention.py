@@ -68,6 +68,38 @@ def test_the_workspaces_size_changes_nothing(monkeypatch, workspace_tokens):
     assert (batch.run(metadata) - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
 
 
+QUESTIONS = {
+    "decode and questions": [(1, 40), (1, 7), (9, 300), (20, 77), (3, 50)],
+    "questions only": [(20, 500), (32, 90)],
+    "questions and prefill": [(1, 40), (9, 300), (60, 100)],
+    "questions without context": [(1, 40), (9, 9), (1, 1)],
+}
+
+
+@pytest.mark.parametrize("drafts", (0, 3))
+@pytest.mark.parametrize("kv_dtype", ("auto", "fp8"))
+@pytest.mark.parametrize("requests", QUESTIONS.values(), ids=QUESTIONS)
+def test_short_questions_run_absorbed_where_that_is_asked_for(monkeypatch, requests, kv_dtype, drafts):
+    batch = Batch(ROW_320, requests, torch.float32, kv_dtype).prepare(monkeypatch)
+    builder = make_builder(ROW_320, drafts=drafts, absorbed_tokens=32)
+    metadata = builder.build(0, batch.common())
+    assert metadata.num_prefills == sum(queries > 32 for queries, _ in requests)
+    output, expected = batch.run(metadata), batch.expected(metadata.num_decodes)
+    assert not output.isnan().any()
+    assert (output - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+
+
+def test_the_kernel_is_launched_with_few_numbers_of_query_tokens(monkeypatch):
+    assert make_builder(ROW_320)._launched_with() == [1]
+    assert make_builder(ROW_320, drafts=3)._launched_with() == [1, 4]
+    builder = make_builder(ROW_320, drafts=2, absorbed_tokens=50)
+    assert builder._launched_with() == [1, 3, 8, 16, 32, 64]
+    batch = Batch(ROW_320, [(1, 40), (2, 7), (9, 300), (20, 77)], torch.float32).prepare(monkeypatch)
+    steps, questions = builder.build(0, batch.common()).decode
+    assert (steps.query_tokens, questions.query_tokens) == (3, 32), "not the longest: each would be compiled"
+    assert (steps.tokens, questions.tokens) == (slice(0, 3), slice(3, 32))
+
+
 def test_decode_returns_the_log_sum_exp(monkeypatch):
     batch = Batch(ROW_320, DRAFTED["some without drafts"], torch.float32).prepare(monkeypatch)
     batch.run(make_builder(ROW_320, drafts=3).build(0, batch.common()))
@@ -81,7 +113,8 @@ def test_padding_of_a_cuda_graph_gets_zeros_and_nobodys_rows(monkeypatch, tokens
     batch = Batch(ROW_320, [(tokens, 40), (tokens, 333)], torch.float32).prepare(monkeypatch)
     common = batch.common(padded_requests=2, padded_tokens=2 * tokens)
     metadata = make_builder(ROW_320, drafts=tokens - 1).build_for_cudagraph_capture(common)
-    assert metadata.decode.rows is None and metadata.decode.query_tokens == tokens
+    (decode,) = metadata.decode
+    assert decode.rows is None and decode.query_tokens == tokens
     output = batch.run(metadata)
     expected = batch.expected(2)
     assert (output[: 2 * tokens] - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
@@ -92,7 +125,7 @@ def test_a_decode_steps_metadata_are_the_runners_buffers(monkeypatch):
     # what a graph was captured with is what it reads when it is replayed
     batch = Batch(ROW_320, BATCHES["decode"], torch.float32).prepare(monkeypatch)
     common = batch.common()
-    decode = make_builder(ROW_320).build(0, common).decode
+    (decode,) = make_builder(ROW_320).build(0, common).decode
     assert decode.seq_lens.data_ptr() == common.seq_lens.data_ptr()
     assert decode.block_table.data_ptr() == common.block_table_tensor.data_ptr()
 
@@ -147,7 +180,10 @@ def test_what_it_cannot_do_is_refused(monkeypatch, options, message):
     ("section", "message"),
     [
         ({"decode": "fast"}, r"\['decode'\] is 'fast'; accepted: hopper"),
-        ({"prefil": "torch"}, r"has \['prefil'\]; accepted: decode, prefill, prefill_workspace_mib"),
+        (
+            {"prefil": "torch"},
+            r"has \['prefil'\]; accepted: decode, prefill, prefill_workspace_mib, absorbed",
+        ),
         ({"prefill_workspace_mib": 0}, r"\['prefill_workspace_mib'\] is 0; accepted: 1 to"),
         ({"prefill_workspace_mib": True}, r"\['prefill_workspace_mib'\] is True"),
         ({"prefill": "flash_attn"}, "cannot attend here: torch.float32"),
@@ -184,7 +220,7 @@ def test_every_kernel_is_tried_before_the_first_request(monkeypatch, kv_dtype):
         monkeypatch.setattr(
             batch.impl, name, lambda *a, _name=name, _run=original, **k: ran.append(_name) or _run(*a, **k)
         )
-    batch.impl.warm_up(torch.device("cpu"), page_tokens=64, query_tokens=4)
+    batch.impl.warm_up(torch.device("cpu"), page_tokens=64, query_tokens=[1, 4])
     assert ran.count("_decode") == 2 and ran.count("_attend") == 6
 
 
@@ -192,7 +228,7 @@ def test_a_kernel_that_cannot_run_here_stops_the_start(monkeypatch):
     for option, message in (({"decode": "triton"}, "triton"), ({"prefill": "torch"}, "torch")):
         batch = Batch(ROW_320, BATCHES["decode"], torch.float32, options=option).prepare(monkeypatch)
         with pytest.raises(ValueError, match=f"implementation is '{message}', which cannot compute"):
-            batch.impl.warm_up(torch.device("cpu"), page_tokens=64, query_tokens=1)
+            batch.impl.warm_up(torch.device("cpu"), page_tokens=64, query_tokens=[1])
 
 
 def test_pages_that_suit_the_kernel_for_hopper():

@@ -14,12 +14,18 @@ NEW_TOKENS = 24
 PROMPTS = [*(prompt_tokens(length, seed=length) for length in (9, 130, 600)), [70, 71, 72] * 40]
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 SMALL_STEPS = {"max_num_batched_tokens": 256, "max_num_seqs": 8}
+# what is left of a prompt whose pages are cached runs absorbed
+ABSORBED = {"additional_config": {"infinite_context": {"absorbed_tokens": 128}}}
 ADAPTED = ["q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # the same numbers in both, multiplied in bfloat16: about 2**-8 of logarithms around 6
 LOGPROB_BFLOAT16 = 0.15
 SAME_TOKENS = {
     "GPU backend": {"backend": "gpu"},
-    "GPU backend, small steps, from the cache": {"backend": "gpu", "engine": SMALL_STEPS, "rounds": 2},
+    "GPU backend, small steps, from the cache": {
+        "backend": "gpu",
+        "engine": SMALL_STEPS | ABSORBED,
+        "rounds": 2,
+    },
     "GPU backend, drafts": {"backend": "gpu", "engine": {"speculative_config": NGRAMS}},
     "drafts": {"engine": {"speculative_config": NGRAMS}},
 }

@@ -150,22 +150,23 @@ class LatentImpl(compat.MLAAttentionImpl):
             else f"ic_model.ops.mla_prefill ({kernel[1] or 'the best for this GPU'})",
         )
 
-    def warm_up(self, device: torch.device, *, page_tokens: int, query_tokens: int) -> None:
+    def warm_up(self, device: torch.device, *, page_tokens: int, query_tokens: list[int]) -> None:
         """Run every kernel once on zeros, so that what does not compile or run stops the start, not a request.
 
         Args:
             device: of the model.
             page_tokens: of the cache's pages.
-            query_tokens: most query tokens of a request that runs absorbed.
+            query_tokens: those that requests run absorbed with.
         """
         dtype = self._dtype
         fp8 = self.kv_cache_dtype.startswith("fp8")
         cache = torch.zeros(2, page_tokens, self.head_size, dtype=FP8 if fp8 else dtype, device=device)
-        for tokens in {1, query_tokens}:
+        for tokens in query_tokens:
             query = torch.zeros(1, tokens, self.num_heads, self.head_size, dtype=dtype, device=device)
             batch = DecodeBatch(
+                tokens=slice(0, tokens),
                 block_table=torch.tensor([[0, 1]], dtype=torch.int32, device=device),
-                seq_lens=torch.tensor([page_tokens + 1], dtype=torch.int32, device=device),
+                seq_lens=torch.tensor([2 * page_tokens - 1], dtype=torch.int32, device=device),
                 query_tokens=tokens,
                 rows=None,
             )
@@ -222,21 +223,29 @@ class LatentImpl(compat.MLAAttentionImpl):
         layer: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Short queries: `[tokens, N, C + R]`, or its two parts, to `[tokens, N, C]` and lse `[tokens, N]`."""
-        batch = attn_metadata.decode
-        assert batch is not None
+        assert attn_metadata.decode is not None
         query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+        kv_scale = layer._k_scale_float if kv_c_and_k_pe_cache.dtype == FP8 else 1.0
+        parts = [
+            self._decode_batch(query[batch.tokens], kv_c_and_k_pe_cache, batch, kv_scale)
+            for batch in attn_metadata.decode
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    def _decode_batch(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: DecodeBatch, kv_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[tokens, N, C + R]` to `[tokens, N, C]` and `[tokens, N]`, padded in between where lengths differ."""
         requests, tokens = len(batch.seq_lens), len(query)
         if batch.rows is not None:
             padded = query.new_zeros(requests * batch.query_tokens, *query.shape[1:])
             padded[batch.rows] = query[: len(batch.rows)]
             query = padded
-        out, lse = self._decode(
-            query.view(requests, batch.query_tokens, *query.shape[1:]),
-            kv_c_and_k_pe_cache,
-            batch,
-            layer._k_scale_float if kv_c_and_k_pe_cache.dtype == FP8 else 1.0,
-        )
-        out, lse = out.flatten(0, 1), lse.flatten(0, 1)
+        query = query.view(requests, batch.query_tokens, *query.shape[1:])
+        out, lse = (part.flatten(0, 1) for part in self._decode(query, kv_cache, batch, kv_scale))
         if batch.rows is not None:
             # tokens beyond the requests' are padding, whatever they get
             found = torch.nn.functional.pad(batch.rows, (0, tokens - len(batch.rows)))

@@ -262,6 +262,13 @@ def is_cpu() -> bool:
     return current_platform.is_cpu()
 
 
+def is_cuda() -> bool:
+    """Whether vLLM runs on NVIDIA GPUs."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda()
+
+
 def logger() -> Any:
     """A logger in vLLM's format: vLLM configures loggers below its own name only."""
     from vllm.logger import init_logger
@@ -297,7 +304,7 @@ def _config_hook() -> type:
                 from ic_vllm_plugin.cpu_defaults import apply_cpu_defaults
 
                 apply_cpu_defaults(vllm_config)
-            else:
+            elif is_cuda():
                 from ic_vllm_plugin.gpu_defaults import apply_gpu_defaults
 
                 apply_gpu_defaults(vllm_config)

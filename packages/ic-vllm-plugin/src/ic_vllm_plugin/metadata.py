@@ -12,22 +12,25 @@ import numpy as np
 import torch
 
 from ic_vllm_plugin import compat
+from ic_vllm_plugin.options import read_options
 from ic_vllm_plugin.prefill import ContextPass, locate_context, plan_context
 from ic_vllm_plugin.workspace import workspace_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeBatch:
-    """The requests that run absorbed.
+    """Requests that follow each other and run absorbed.
 
     Args:
+        tokens: their query tokens.
         block_table: `[B, pages]` int32.
         seq_lens: `[B]` int32, cached tokens with this step's; 0 for a request that only fills a CUDA graph.
-        query_tokens: T, the most query tokens of a request.
+        query_tokens: T, what the kernel is launched with: at least the most query tokens of a request.
         rows: None where every request has T. Else `[tokens]` int64, each token's row among `B * T`: a shorter
             request takes the last rows of its T, as the kernel's causal mask is aligned to the end.
     """
 
+    tokens: slice
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     query_tokens: int
@@ -61,7 +64,7 @@ class LatentMetadata(compat.AttentionMetadata):
         slot_mapping: `[tokens]` where each token's row goes.
         num_decodes, num_decode_tokens: requests and query tokens that run absorbed.
         num_prefills: requests that run expanded.
-        decode, prefill: the two parts.
+        decode, prefill: the two parts; of the first, decode steps come before short questions.
         causal: always.
     """
 
@@ -74,7 +77,7 @@ class LatentMetadata(compat.AttentionMetadata):
     num_decodes: int
     num_decode_tokens: int
     num_prefills: int
-    decode: DecodeBatch | None
+    decode: list[DecodeBatch] | None
     prefill: PrefillBatch | None
     causal: bool = True
 
@@ -93,15 +96,18 @@ class LatentMetadataBuilder(compat.AttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        # of a decode step: the next token and its drafts
+        self.decode_tokens = self.reorder_batch_threshold
+        # what the model runner moves to the front, and we let run absorbed
+        absorbed_tokens = read_options(vllm_config).absorbed_tokens or 1
+        self.reorder_batch_threshold = max(self.decode_tokens, absorbed_tokens)
         self.page_tokens = kv_cache_spec.block_size
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         self.workspace_tokens = workspace_tokens(vllm_config, layer)
         # with drafts in flight, the host's lengths are upper bounds
         self.host_lengths_are_exact = vllm_config.speculative_config is None
         if device.type == "cuda":
-            layer.impl.warm_up(
-                device, page_tokens=self.page_tokens, query_tokens=self.reorder_batch_threshold
-            )
+            layer.impl.warm_up(device, page_tokens=self.page_tokens, query_tokens=self._launched_with())
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -128,20 +134,39 @@ class LatentMetadataBuilder(compat.AttentionMetadataBuilder):
             else None,
         )
 
-    def _decode(self, common: Any, starts: np.ndarray, tokens: int) -> DecodeBatch:
-        lengths = np.diff(starts)
-        requests, longest = len(lengths), max(1, int(lengths.max()))
+    def _launched_with(self) -> list[int]:
+        """Numbers of query tokens that the kernel is launched with: few, as each is compiled for itself."""
+        sizes = {1, self.decode_tokens}
+        if self.reorder_batch_threshold > self.decode_tokens:
+            sizes |= {1 << power for power in range(3, (self.reorder_batch_threshold - 1).bit_length() + 1)}
+        return sorted(sizes)
+
+    def _decode(self, common: Any, starts: np.ndarray, tokens: int) -> list[DecodeBatch]:
+        """Decode steps, and behind them short questions, whose more tokens would be padding for the former."""
+        longer = np.flatnonzero(np.diff(starts) > self.decode_tokens)
+        requests = len(starts) - 1
+        first = int(longer[0]) if len(longer) else requests
+        # tokens beyond the requests' fill a CUDA graph
+        ends = [(0, first, int(starts[first]) if first < requests else tokens), (first, requests, tokens)]
+        return [self._absorbed(common, starts, low, high, end) for low, high, end in ends if low < high]
+
+    def _absorbed(self, common: Any, starts: np.ndarray, low: int, high: int, end: int) -> DecodeBatch:
+        begin, requests = int(starts[low]), high - low
+        lengths = np.diff(starts[low : high + 1])
+        longest = int(lengths.max())
+        size = next(size for size in self._launched_with() if size >= longest)
         rows = None
         # requests without tokens, at the end, fill a CUDA graph: the tokens are padded for them, too
-        if tokens != requests * longest or ((lengths != longest) & (lengths != 0)).any():
-            ends = np.arange(1, requests + 1) * longest
+        if end - begin != requests * size or ((lengths != size) & (lengths != 0)).any():
             # each token's distance from its request's end
-            distances = np.repeat(starts[1:], lengths) - np.arange(starts[-1])
-            rows = torch.from_numpy(np.repeat(ends, lengths) - distances).to(self.device, non_blocking=True)
+            distances = np.repeat(starts[low + 1 : high + 1], lengths) - np.arange(begin, starts[high])
+            places = np.repeat(np.arange(1, requests + 1) * size, lengths) - distances
+            rows = torch.from_numpy(places).to(self.device, non_blocking=True)
         return DecodeBatch(
-            block_table=common.block_table_tensor[:requests],
-            seq_lens=common.seq_lens[:requests],
-            query_tokens=longest,
+            tokens=slice(begin, end),
+            block_table=common.block_table_tensor[low:high],
+            seq_lens=common.seq_lens[low:high],
+            query_tokens=size,
             rows=rows,
         )
 

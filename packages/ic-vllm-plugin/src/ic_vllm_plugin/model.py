@@ -357,12 +357,12 @@ def _is_group_order(name: str, tensor: torch.Tensor) -> bool:
 
 
 def _attention_backend(vllm_config: VllmConfig) -> Any:
-    """Ours, unless the user asked for one of vLLM's by name: None lets vLLM take that."""
+    """Ours, unless the user asked for one of vLLM's by name, or our kernels do not run: None lets vLLM choose."""
     if compat.is_cpu():
         from ic_vllm_plugin.cpu_backend import CPULatentBackend
 
         return CPULatentBackend
-    if asked_for_vllms_backend(vllm_config):
+    if not compat.is_cuda() or asked_for_vllms_backend(vllm_config):
         return None
     from ic_vllm_plugin.attention import LatentBackend
 

@@ -16,7 +16,7 @@ SECTION = "infinite_context"
 DECODE = ("hopper", "turing", "triton", "reference")
 # without cudnn, which returns no log-sum-exp: attention to cached context could not be merged
 PREFILL = ("flash_attn", "ops", "triton", "gluon", "torch", "reference")
-MAX_WORKSPACE_MIB = 65536
+MOST = {"prefill_workspace_mib": 65536, "absorbed_tokens": 256}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +27,14 @@ class Options:
         decode: implementation of `ic_model.ops.mla_decode`.
         prefill: "flash_attn", "ops", or an implementation of `ic_model.ops.mla_prefill`.
         prefill_workspace_mib: memory into which cached context is expanded at a time.
+        absorbed_tokens: requests of up to so many new tokens, such as questions behind a cached document, run in
+            latent space like decode steps do, and expand nothing. None: decode steps only.
     """
 
     decode: str | None = None
     prefill: str | None = None
     prefill_workspace_mib: int | None = None
+    absorbed_tokens: int | None = None
 
 
 def read_options(vllm_config: VllmConfig) -> Options:
@@ -59,12 +62,10 @@ def parse_options(section: Any) -> Options:
             raise ValueError(
                 f"additional_config[{SECTION!r}][{name!r}] is {value!r}; accepted: {', '.join(accepted)}"
             )
-    size = section.get("prefill_workspace_mib")
-    if size is not None and (
-        not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_WORKSPACE_MIB
-    ):
-        raise ValueError(
-            f"additional_config[{SECTION!r}]['prefill_workspace_mib'] is {size!r}; accepted: 1 to "
-            f"{MAX_WORKSPACE_MIB}"
-        )
+    for name, most in MOST.items():
+        size = section.get(name)
+        if size is not None and (
+            not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most
+        ):
+            raise ValueError(f"additional_config[{SECTION!r}][{name!r}] is {size!r}; accepted: 1 to {most}")
     return Options(**section)

@@ -102,9 +102,17 @@ def test_a_captured_decode_step_is_replayed_with_other_lengths_pages_and_rows(mo
 
 
 @pytest.mark.parametrize("kv_dtype", ("auto", "fp8"))
+def test_short_questions_run_absorbed(monkeypatch, kv_dtype):
+    batch = batch_on_gpu(monkeypatch, ROW_320, [(1, 3000), (1, 7), (50, 2050), (9, 700)], kv_dtype)
+    metadata = builder_on_gpu(ROW_320, absorbed_tokens=64).build(0, batch.common())
+    assert not metadata.num_prefills
+    assert_close(batch.run(metadata), batch.expected(metadata.num_decodes), batch.dtype)
+
+
+@pytest.mark.parametrize("kv_dtype", ("auto", "fp8"))
 def test_every_kernel_runs_before_the_first_request(monkeypatch, kv_dtype):
     batch = batch_on_gpu(monkeypatch, ROW_320, BATCHES["decode"], kv_dtype)
-    batch.impl.warm_up(torch.device("cuda"), page_tokens=PAGE_TOKENS, query_tokens=1 + DRAFTS)
+    batch.impl.warm_up(torch.device("cuda"), page_tokens=PAGE_TOKENS, query_tokens=[1, 1 + DRAFTS, 8, 64])
 
 
 def test_kernels_for_turing_compute_the_same(monkeypatch):
