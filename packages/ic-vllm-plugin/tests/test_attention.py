@@ -161,6 +161,7 @@ def test_passes_fit_the_workspace_cover_the_context_once_and_have_no_gaps():
     ("options", "message"),
     [
         ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype is 'fp8_e5m2'; accepted: auto, float16"),
+        ({"kv_cache_dtype": "float16"}, "kv_cache_dtype is 'float16' and the model's dtype torch.float32"),
         ({"sliding_window": 128}, "sliding_window is 128"),
         ({"logits_soft_cap": 30.0}, "logits_soft_cap is 30.0"),
         ({"attn_type": "encoder"}, "attn_type is 'encoder'"),

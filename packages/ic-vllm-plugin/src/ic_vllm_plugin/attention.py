@@ -122,8 +122,9 @@ class LatentImpl(compat.MLAAttentionImpl):
         )
         if attn_type != compat.AttentionType.DECODER:
             raise ValueError(f"attn_type is {attn_type!r}; accepted: {compat.AttentionType.DECODER!r}")
-        if kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; accepted: {', '.join(KV_CACHE_DTYPES)}")
+        # vLLM builds a model with its own dtype as the default
+        self._dtype = torch.get_default_dtype()
+        _check_cache(kv_cache_dtype, self._dtype)
         _check_dims(qk_nope_head_dim + qk_rope_head_dim, v_head_dim)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
@@ -131,8 +132,6 @@ class LatentImpl(compat.MLAAttentionImpl):
         self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
         self.v_head_dim = v_head_dim
         self.kv_b_proj = kv_b_proj
-        # vLLM builds a model with its own dtype as the default
-        self._dtype = torch.get_default_dtype()
         options = read_options(compat.current_vllm_config())
         self._decode_with = options.decode
         kernel = prefill_kernel(
@@ -342,6 +341,15 @@ def _refuse_features(**features: Any) -> None:
     for name, value in features.items():
         if value is not None:
             raise ValueError(f"{name} is {value!r}; InfiniteContext's attention accepts None only")
+
+
+def _check_cache(kv_cache_dtype: str, dtype: torch.dtype) -> None:
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; accepted: {', '.join(KV_CACHE_DTYPES)}")
+    if kv_cache_dtype in ("float16", "bfloat16") and str(dtype) != f"torch.{kv_cache_dtype}":
+        raise ValueError(
+            f"kv_cache_dtype is {kv_cache_dtype!r} and the model's dtype {dtype}; accepted: auto, fp8"
+        )
 
 
 def _check_dims(query_dim: int, value_dim: int) -> None:
