@@ -2,6 +2,7 @@
 
     python -m bench.cases.training                                  # ic-1b on this GPU, ours beside PyTorch's
     python -m bench.cases.training --lengths 196608,262144 --implementations ours    # the longest that fits
+    python -m bench.cases.training --gpus 8 --lengths 131072,524288,1048576 --implementations ours     # a ring
     python -m bench.cases.training --model ic-nano --toy            # two steps on the CPU: shows that it works
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
@@ -30,7 +31,7 @@ from ic_train.results import new_result_folder, write_result
 
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = json.loads(Path(__file__).with_suffix(".json").read_text())
-LAUNCHER = ROOT / "packages" / "ic-train" / "accelerate" / "one-gpu.yaml"
+LAUNCHERS = ROOT / "packages" / "ic-train" / "accelerate"
 # the most important first: a time limit cuts the end
 LENGTHS = (8192, 131072, 32768, 4096)
 IMPLEMENTATIONS = ("ours", "torch")
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        corpus = Path(options.corpus) if options.corpus else _corpus(Path(scratch))
+        longest = max(length for length, _ in cases)
+        corpus = Path(options.corpus) if options.corpus else _corpus(Path(scratch), longest)
         folder = None if options.toy else new_result_folder(options.results, "training")
         for length, implementation in cases:
             left_s = options.limit_s - (time.monotonic() - started)
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(SETTINGS["implementations"])
     add("--implementations", default=",".join(IMPLEMENTATIONS), help=f"with commas between, of {names}")
     add("--corpus", help="folder that `ic-train data text` made (default: the Jargon File, in bytes)")
+    add("--gpus", type=int, default=1, help="that share each sequence, by ring attention (default: 1)")
     add("--limit-s", type=float, default=540, help="start no case that may end after so many seconds")
     add("--case-s", type=float, default=45, help="seconds that have to be left for a case to start")
     add("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the result's folder")
@@ -93,6 +96,8 @@ def _cases(options: argparse.Namespace) -> list[tuple[int, str]]:
         if name not in SETTINGS["implementations"]:
             accepted = ", ".join(SETTINGS["implementations"])
             raise ValueError(f"--implementations has {name!r}; accepted: {accepted}")
+    if options.gpus < 1:
+        raise ValueError(f"--gpus is {options.gpus}; it must be at least 1")
     if options.toy:
         return [(length, name) for name in names for length in TOY_LENGTHS]
     lengths = options.lengths.split(",")
@@ -102,9 +107,11 @@ def _cases(options: argparse.Namespace) -> list[tuple[int, str]]:
     return [(int(length), name) for name in names for length in lengths]
 
 
-def _corpus(scratch: Path) -> Path:
+def _corpus(scratch: Path, longest_tokens: int) -> Path:
+    # in bytes; packing wants three sequences and more
+    once = haystack.load_haystack("jargon")
     text = scratch / "jargon.txt"
-    text.write_text(haystack.load_haystack("jargon"))
+    text.write_text(once * (1 + 4 * longest_tokens // len(once)))
     target = scratch / "corpus"
     write_corpus(target, [(str(text), "public-domain")], build_byte_tokenizer(), tokenizer_name="bytes")
     return target
@@ -127,12 +134,17 @@ def _command(options: argparse.Namespace, length: int, name: str, corpus: Path, 
         "save_strategy": "no",
         "save_final_model": "false",
         "report_to": "none",
+        "context_parallel_size": options.gpus,
         "disable_tqdm": "true",
     }
     flags |= {"use_cpu": "true"} if options.toy else {"bf16": "true", "optim": "adamw_torch_fused"}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--num_processes", "1", "--cpu"] if options.toy else ["--config_file", str(LAUNCHER)]
+    if options.toy:
+        launcher += ["--num_processes", "1", "--cpu"]
+    else:
+        config = LAUNCHERS / ("one-gpu.yaml" if options.gpus == 1 else "one-node.yaml")
+        launcher += ["--config_file", str(config), "--num_processes", str(options.gpus)]
     own = SETTINGS["implementations"][name]["flags"]
     return [*launcher, "-m", "ic_train.sft", *words, *setting["flags"], *own, *options.flags.split()]
 
@@ -146,6 +158,7 @@ def _run(
     # long sequences come in few sizes and leave holes
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     row: dict[str, Any] = {"model": Path(options.model).name, "tokens_per_sequence": length, "impl": name}
+    row["gpus"] = options.gpus
     row["flags"] = " ".join(command[command.index("ic_train.sft") + 1 :]).replace(str(scratch), "SCRATCH")
     began = time.monotonic()
     with subprocess.Popen(
@@ -174,6 +187,8 @@ def _run(
             middle = statistics.mean if field == "gpu_util" else statistics.median
             row[field] = round(middle(samples), 4)
     row["peak_gib"] = windows[-1].get("peak_gib")
+    # the same for every number of GPUs and every implementation, to rounding
+    row["losses"] = [round(window["loss"], 5) for window in windows]
     return row
 
 

@@ -37,8 +37,16 @@ def test_commands_differ_in_what_is_compared_alone(tmp_path: Path) -> None:
     assert ours[ours.index("--tokens_per_sequence") + 1] == "8192"
 
 
+def test_a_ring_takes_the_nodes_launcher_and_shares_the_sequence() -> None:
+    options = training._parser().parse_args(["--gpus", "8"])
+    command = training._command(options, 1048576, "ours", Path("corpus"), Path("out"))
+    assert command[command.index("--num_processes") + 1] == "8"
+    assert command[command.index("--context_parallel_size") + 1] == "8"
+    assert any(word.endswith("one-node.yaml") for word in command)
+
+
 def test_what_did_not_run_has_its_reason_and_no_number(tmp_path: Path) -> None:
-    options = argparse.Namespace(model="no-such-model", toy=True, seed=0, flags="")
+    options = argparse.Namespace(model="no-such-model", toy=True, seed=0, flags="", gpus=1)
     row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=120)
     assert "no-such-model" in row["error"] and not row["out_of_memory"]
     assert "tokens_per_s" not in row
@@ -49,6 +57,7 @@ def test_what_did_not_run_has_its_reason_and_no_number(tmp_path: Path) -> None:
     [
         (["--implementations", "fast"], "--implementations has 'fast'; accepted: ours"),
         (["--lengths", "5"], "--lengths has '5'; accepted: 4096"),
+        (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
     ],
 )
 def test_unknown_cases_are_refused(

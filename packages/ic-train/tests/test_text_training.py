@@ -73,10 +73,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, mlflow: tuple[str, Path]) -> 
     hot = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_steps", "0", "--logging_steps", "2"]
     launches = [
         (2, [Run("lora-two", [*LORA, *sharded]), Run("sharded-8bit", [*sharded, "--optim", "adamw_8bit"])]),
+        (2, [Run("full-disk", sharded, {"TEST_FILE_BYTES": "60000"})]),
         (2, [Run("hot", [*hot, "--save_steps", "1", *sharded])]),
         (
             1,
             [
+                Run("whole"),
                 Run("lora", LORA),
                 Run("lora-resumed", [*LORA, *resumed["lora-two"]]),
                 Run("8bit", ["--optim", "adamw_8bit"]),
@@ -145,6 +147,14 @@ def test_an_8_bit_optimiser_resumes_exactly(runs: dict[str, Any]) -> None:
     assert "8bit-resumed" not in runs["errors"], runs["errors"]["8bit-resumed"]
     assert values(folder / "8bit-resumed", "loss") == values(folder / "8bit", "loss")[3:]
     assert "optim is 'adamw_8bit', whose states cannot be sharded" in runs["errors"]["sharded-8bit"]
+
+
+def test_a_full_disk_costs_checkpoints_on_all_ranks_and_the_run_goes_on(runs: dict[str, Any]) -> None:
+    folder = runs["folder"] / "full-disk"
+    assert values(folder, "loss") == pytest.approx(values(runs["folder"] / "whole", "loss"), rel=1e-5)
+    assert not list(folder.glob("checkpoint-*"))
+    message = runs["errors"]["full-disk"]
+    assert "cannot be written" in message and "make room" in message, message
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_nothing_of_it_is_saved(runs: dict[str, Any]) -> None:

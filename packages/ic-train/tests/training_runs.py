@@ -83,14 +83,18 @@ def flags_of(toys: dict[str, Path], run: Run) -> list[str]:
 
 
 def launch_all(
-    toys: dict[str, Path], launches: list[tuple[int, list[Run]]], timeout_s: int = 300
+    toys: dict[str, Path], launches: list[tuple[int | str, list[Run]]], timeout_s: int = 300
 ) -> dict[str, str]:
-    """Run launches of so many processes, each with its runs one after the other; the errors by name."""
+    """Run launches of so many processes, each with its runs one after the other; the errors by name.
+
+    More than one process shard; "1 sharded" is one that does, too, as on a single GPU.
+    """
     plan = toys["runs"] / f"plan-{launches[0][1][0].name}.json"
     plan.parent.mkdir(exist_ok=True)
     listed = [
         {
-            "processes": processes,
+            "processes": int(str(processes).split()[0]),
+            "sharded": processes != 1,
             "config": str(FSDP_ON_CPU),
             "runs": [asdict(run) | {"flags": flags_of(toys, run)} for run in runs],
         }

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import traceback
@@ -30,7 +31,7 @@ def sharding_environment(config: Path) -> dict[str, str]:
 def work(rank: int, launch: dict[str, Any], port: int, results: Any) -> None:
     torch.set_num_threads(1)
     processes = launch["processes"]
-    if processes > 1:
+    if launch["sharded"]:
         os.environ.update(
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             | {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -41,6 +42,9 @@ def work(rank: int, launch: dict[str, Any], port: int, results: Any) -> None:
     for run in launch["runs"]:
         os.environ.clear()
         os.environ.update(before | run["environment"])
+        # a file may have so many bytes: the disk is full, as far as a run can tell
+        limit = int(os.environ.get("TEST_FILE_BYTES", resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         try:

@@ -57,8 +57,8 @@ def ring_groups(size: int) -> Any:
 
 
 def cpu_group() -> Any:
-    """A process group for tensors on the CPU, whatever the devices are; None for one process alone."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() and world_size() > 1 else None
+    """A process group for tensors on the CPU, whatever the devices are; None where nothing is distributed."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
 
 
 def any_process(value: bool, group: Any) -> bool:

@@ -33,17 +33,14 @@ HYBRID = {
     "PARALLELISM_CONFIG_TP_SIZE": "1",
     "PARALLELISM_CONFIG_CP_SIZE": "1",
 }
+# only the first process reads the weights
+LEAN = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+BFLOAT16, HALF = ["--bf16", "true"], {"ACCELERATE_MIXED_PRECISION": "bf16"}
 # 8 sequences a step in all of them
 SAME = {
     "documents see each other": [
-        "one",
-        "batch",
-        "full",
-        "checkpointed",
-        "two",
-        "two-ring",
-        "hybrid",
-        "four-ring",
+        *("one", "batch", "full", "checkpointed", "alone"),
+        *("two", "lean", "two-ring", "hybrid", "four-ring"),
     ],
     "documents apart": ["one-apart", "two-ring-apart", "four-ring-apart"],
 }
@@ -69,8 +66,11 @@ def run_all(root: Path) -> dict[str, Any]:
         2: [
             Run("two", accumulate(4)),
             Run("two-resumed", [*accumulate(4), *saved]),
+            Run("lean", accumulate(4), LEAN),
             Run("two-ring", ring(2)),
             Run("two-ring-apart", [*ring(2), *MASKED]),
+            Run("two-half", [*accumulate(4), *BFLOAT16], HALF),
+            Run("two-ring-half", [*ring(2), *BFLOAT16], HALF),
         ],
         1: [
             Run("one"),
@@ -81,6 +81,8 @@ def run_all(root: Path) -> dict[str, Any]:
             Run("one-resumed", saved),
             Run("wrong-resume", [*accumulate(4), *saved]),
         ],
+        # as on a single GPU
+        "1 sharded": [Run("alone"), Run("alone-resumed", saved), Run("alone-half", BFLOAT16, HALF)],
         4: [
             Run("hybrid", accumulate(2), HYBRID),
             Run("four-ring", ring(4)),
@@ -106,6 +108,17 @@ def test_equal_launches_give_equal_losses(runs: dict[str, Any], kind: str) -> No
             )
 
 
+@pytest.mark.parametrize("name", ["alone-half", "two-half", "two-ring-half"])
+def test_bfloat16_computes_in_8_bits_and_keeps_its_sums(runs: dict[str, Any], name: str) -> None:
+    assert name not in runs["errors"], runs["errors"][name]
+    losses = values(runs["runs"] / name, "loss")
+    assert losses == pytest.approx(values(runs["runs"] / "one", "loss"), rel=2e-3)
+    assert values(runs["runs"] / name, "grad_norm") == pytest.approx(
+        values(runs["runs"] / "one", "grad_norm"), rel=2e-2
+    )
+    assert losses != [float(torch.tensor(loss, dtype=torch.bfloat16)) for loss in losses]
+
+
 @pytest.mark.parametrize("kind", SAME)
 def test_launches_give_the_committed_values(runs: dict[str, Any], kind: str) -> None:
     golden = json.loads(GOLDEN.read_text())["launches"][kind]
@@ -123,7 +136,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(runs: dict[str,
         assert torch.equal(value, same[name]), name
 
 
-@pytest.mark.parametrize("name", ["one-resumed", "four-resumed"])
+@pytest.mark.parametrize("name", ["one-resumed", "alone-resumed", "four-resumed"])
 def test_a_checkpoint_continues_on_another_number_of_processes(runs: dict[str, Any], name: str) -> None:
     assert name not in runs["errors"], runs["errors"][name]
     whole, rest = steps_of(runs["runs"] / "two")[3:], steps_of(runs["runs"] / name)

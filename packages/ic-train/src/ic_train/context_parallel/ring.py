@@ -24,6 +24,21 @@ from ic_train.context_parallel.layout import block_pairs
 
 
 @dataclass(frozen=True, slots=True)
+class Passing:
+    """A tensor under way to the next process, and another from the one before.
+
+    Args:
+        arriving: what comes.
+        works: to wait for.
+        sent: what goes; kept, because its memory must not be used for anything else before it has gone.
+    """
+
+    arriving: torch.Tensor
+    works: list[Any]
+    sent: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Ring:
     """The processes that share a sequence.
 
@@ -43,7 +58,7 @@ class Ring:
         """This process's number among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def start_passing(self, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    def start_passing(self, tensor: torch.Tensor) -> Passing:
         """Begin to send a tensor to the next process and to receive one like it from the process before.
 
         Returns:
@@ -55,15 +70,14 @@ class Ring:
             dist.P2POp(dist.isend, tensor, dist.get_global_rank(self.group, after), self.group),
             dist.P2POp(dist.irecv, arriving, dist.get_global_rank(self.group, before), self.group),
         ]
-        return arriving, dist.batch_isend_irecv(operations)
+        return Passing(arriving, dist.batch_isend_irecv(operations), tensor)
 
     @staticmethod
-    def finish(passing: tuple[torch.Tensor, list[Any]]) -> torch.Tensor:
+    def finish(passing: Passing) -> torch.Tensor:
         """Wait until the tensor has arrived."""
-        arriving, works = passing
-        for work in works:
+        for work in passing.works:
             work.wait()
-        return arriving
+        return passing.arriving
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +158,7 @@ class _RingAttention(torch.autograd.Function):
         d_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         d_up = torch.zeros(up_projection.shape, dtype=torch.float32, device=q.device)
         ring, arrived = shape.ring, rows.contiguous()
-        passing_gradient: tuple[torch.Tensor, list[Any]] | None = None
+        passing_gradient: Passing | None = None
         d_rows = torch.zeros(rows.shape, dtype=torch.float32, device=q.device)
         for hop in range(ring.size):
             passing = ring.start_passing(arrived) if hop + 1 < ring.size else None

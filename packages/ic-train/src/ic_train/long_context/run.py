@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import TrainingArguments, set_seed
 from trl import TrlParser
@@ -133,7 +134,9 @@ def train(recipe: Recipe) -> LongContextTrainer:
         if rank() == 0:
             stop.mark(args.output_dir)
     elif recipe.run.save_final_model:
-        _save(trainer, recipe, record)
+        problem = from_first_process(_save(trainer, recipe, record), group)
+        if problem:
+            raise ValueError(problem)
     # a process that leaves while the others still write takes their connections with it
     trainer.accelerator.wait_for_everyone()
     return trainer
@@ -239,12 +242,12 @@ def _check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) ->
             raise ValueError(f"{name} is {value}; {folder} was saved with {before}{hint}")
 
 
-def _save(trainer: LongContextTrainer, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write the model in bfloat16 and how it came to be; all ranks call it."""
+def _save(trainer: LongContextTrainer, recipe: Recipe, record: dict[str, Any]) -> str | None:
+    """Write the model in bfloat16 and how it came to be; what went wrong. All ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(trainer.model_wrapped, options=options)
     if rank() != 0:
-        return
+        return None
     folder = Path(trainer.args.output_dir)
     record |= {
         "tokens": trainer.state.global_step * record["identity"]["tokens_per_step"],
@@ -259,9 +262,10 @@ def _save(trainer: LongContextTrainer, recipe: Recipe, record: dict[str, Any]) -
     try:
         save_model(folder, recipe.model, weights)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be written: {error}; the last checkpoint is whole: make room, then "
+    except (OSError, SafetensorError) as error:
+        return (
+            f"{folder} cannot be written: {error}; make room, and make the model of the last checkpoint: "
             "`python -m ic_train.checkpoints.export CHECKPOINT FOLDER`"
-        ) from None
+        )
     logger.warning("saved %s after %.0f s and %d tokens", folder, record["wall_s"], record["tokens"])
+    return None

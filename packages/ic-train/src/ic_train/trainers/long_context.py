@@ -12,6 +12,7 @@ import torch
 from ic_model import ICConfig
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,6 +22,7 @@ from ic_train.checkpoints.saving import CheckpointWriter, load_checkpoint, resto
 from ic_train.context_parallel import SequenceLayout
 from ic_train.distributed import any_process
 from ic_train.metrics import UtilisationSampler, peak_tflops, training_flop
+from ic_train.trainers.linear_loss import IGNORED
 
 
 class NonFiniteLossError(RuntimeError):
@@ -71,6 +73,7 @@ class LongContextTrainer(Trainer):
             data_collator=collate,
             callbacks=callbacks,
         )
+        keep_sums_in_float32(self.accelerator.state)
         self.config = config
         self.tokens_per_sequence = tokens_per_sequence
         self.parts = parts
@@ -78,8 +81,7 @@ class LongContextTrainer(Trainer):
         self.writer = writer
         self.record = record
         self.files = files
-        # labels are shifted, and the loss wants their number in the whole step
-        self._loss_shifts_labels = False
+        # says that the loss is scaled by the number of labels in the whole step
         self.model_accepts_loss_kwargs = True
         self.utilisation = UtilisationSampler()
         self.seen_tokens = 0
@@ -118,7 +120,7 @@ class LongContextTrainer(Trainer):
             position_ids=inputs["position_ids"],
             layout=layout,
         )
-        assert num_items_in_batch is not None, "the trainer counts labels: model_accepts_loss_kwargs is set"
+        assert num_items_in_batch is not None, "the trainer counts labels"
         self._note_if_not_finite(total.detach())
         self._count(inputs["input_ids"], layout)
         loss = total * self.accelerator.num_processes / num_items_in_batch
@@ -134,6 +136,13 @@ class LongContextTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
         # the data set shuffles by itself: a sequence depends on its number only, and a resumed run goes on with it
         return SequentialSampler(self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Labels of a step in all accumulated batches of all ranks; transformers would leave out first places."""
+        counts = [(batch["labels"] != IGNORED).sum() for batch in batch_samples]
+        labels = torch.stack(counts).sum().to(device)
+        # a step whose documents have no label at all trains nothing, rather than dividing by zero
+        return self.accelerator.gather(labels).sum().clamp_min(1)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stop_on_nonfinite()
@@ -217,6 +226,21 @@ class LongContextTrainer(Trainer):
                 "Resume from the last checkpoint with a lower learning_rate or max_grad_norm, or another seed"
             )
         self._last_finite_step = self.state.global_step
+
+
+def keep_sums_in_float32(state: Any) -> None:
+    """Have FSDP2 compute in bfloat16, but add gradients over ranks, and return the loss, in float32.
+
+    accelerate sets one dtype for all three: the loss that is logged would have 8 bits.
+
+    Args:
+        state: of an Accelerator, before it prepares the model.
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+        )
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
