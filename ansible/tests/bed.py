@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from image import BedError, run
 SUBNET = "10.99.0"
 GATEWAY = f"{SUBNET}.1"
 BOOT_TIMEOUT_S = 60
+REBOOT_CODE = 133
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Bed:
     scratch: Path
     names: list[str]
     binds: list[Path] = field(default_factory=list)
+    shared: Path | None = None
     machines: dict[str, Machine] = field(default_factory=dict)
     namespace: str = field(default_factory=lambda: f"icbed{os.getpid()}")
 
@@ -90,6 +93,9 @@ class Bed:
         """Start a machine, the first time or after it was killed."""
         machine = self.machines[name]
         binds = [f"--bind-ro={folder}" for folder in self.binds]
+        if self.shared:
+            # stands in for storage that all machines mount
+            binds.append(f"--bind={self.shared}:/shared")
         command = self.inside(
             "systemd-nspawn", "-q", "-D", machine.root, "-M", name,
             "--register=no", "--keep-unit", "--network-bridge=br-ic", "--resolv-conf=off", "--console=pipe",
@@ -99,6 +105,12 @@ class Bed:
             machine.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        threading.Thread(target=self._reboot, args=(machine, machine.process), daemon=True).start()
+
+    def _reboot(self, machine: Machine, process: subprocess.Popen[bytes]) -> None:
+        """Boot a machine again that asked for it: nspawn ends with 133 and leaves the rest to its caller."""
+        if process.wait() == REBOOT_CODE and machine.process is process:
+            self.boot(machine.name)
 
     def kill(self, name: str) -> None:
         """Take a machine's power away: its init is killed, and all that runs in it with it."""

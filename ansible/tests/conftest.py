@@ -13,6 +13,7 @@ from pathlib import Path
 
 import image
 import pytest
+import training
 import yaml
 from ansible_play import ANSIBLE, PLAYBOOK_TIMEOUT_S, Played, command, environment, inventory
 from bed import GATEWAY, Bed
@@ -32,7 +33,17 @@ def bed(scratch: Path) -> Iterator[Bed]:
     image.install_tools()
     kept = os.environ.get("IC_BED_CACHE")
     base = image.build(Path(kept) if kept else scratch / "image")
-    with Bed(base=base, packages=base.parent / "debian", scratch=scratch, names=["c1", "n1", "n2"]) as made:
+    shared = scratch / "shared"
+    shared.mkdir()
+    bed = Bed(
+        base=base,
+        packages=base.parent / "debian",
+        scratch=scratch,
+        names=["c1", "n1", "n2"],
+        binds=training.folders(),
+        shared=shared,
+    )
+    with bed as made:
         yield made
 
 

@@ -19,6 +19,7 @@ BARE = ["systemd", "systemd-sysv", "dbus", "iproute2", "openssh-server", "procps
 OFFERED = [
     "munge", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server", "python3-pymysql",
     "sudo", "chrony", "nftables", "unattended-upgrades", "gnupg", "prometheus-node-exporter", "hwloc-nox",
+    "cloud-init", "dnsmasq-base",
 ]  # fmt: skip
 # on the machine that runs the tests: command and Debian's package of it
 TOOLS = {

@@ -1,10 +1,13 @@
 """K3s against a stand-in for its binary, k3s_stand_in.py: everything around the binary runs for real."""
 
+import base64
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import chart_tools
 import pytest
 import yaml
 from bed import GATEWAY
@@ -51,7 +54,8 @@ def releases(web):
 def cluster(bed, play, releases):
     """One server, two agents."""
     dry = play("k3s", GROUPS, VARIABLES, "--check", "--diff")
-    assert bed.ssh("c1", "ls /usr/local/bin/k3s /etc/rancher", check=False).stdout == ""
+    left = bed.ssh("c1", "command -v nft k3s; ls -d /etc/rancher", check=False).stdout
+    assert left == "", "a dry run has installed something"
     first = play("k3s", GROUPS, VARIABLES, "--diff", "-v")
     return SimpleNamespace(dry=dry, first=first)
 
@@ -186,3 +190,139 @@ def test_missing_token_and_even_number_of_servers_are_refused(cluster, play):
     two = {"k3s_servers": ["c1", "n1"], "k3s_agents": ["n2"]}
     refused = play("k3s", two, variables(NEW), "--tags", "k3s", check=False)
     assert "k3s_servers has 2 machines, accepted are 1, 3, 5 and 7" in " ".join(refused.output.split())
+
+
+def test_files_for_machines_without_the_internet_are_checked_here(cluster, play, scratch):
+    folder = scratch / "artefacts"
+    folder.mkdir()
+    (folder / "k3s").write_bytes(binary(NEW))
+    images = folder / "k3s-airgap-images-amd64.tar.zst"
+    offline = {
+        **variables(NEW),
+        "k3s_common_artefacts": str(folder),
+        "k3s_common_url": "http://nowhere.invalid",
+    }
+    refused = play("k3s", GROUPS, offline, "--tags", "k3s", check=False)
+    assert f"{images} is missing" in " ".join(refused.output.split())
+    images.write_bytes(b"other images")
+    refused = play("k3s", GROUPS, offline, "--tags", "k3s", check=False)
+    assert f"{images} has the SHA-256 {hashlib.sha256(b'other images').hexdigest()}" in " ".join(
+        refused.output.split()
+    )
+
+
+@pytest.fixture(scope="module")
+def three(cluster, bed, play, scratch):
+    """Taken away, and made anew with three servers, from files of the machine that runs Ansible."""
+    play("reset", GROUPS, VARIABLES, "-e", "ic_reset=inventory")
+    for host in bed.machines:
+        left = bed.ssh(
+            host, "ls -d /etc/rancher /var/lib/rancher /usr/local/bin/k3s; pgrep k3s", check=False
+        ).stdout
+        assert left == ""
+    folder = scratch / "release"
+    folder.mkdir()
+    (folder / "k3s").write_bytes(binary(NEW))
+    (folder / "k3s-airgap-images-amd64.tar.zst").write_bytes(b"images")
+    offline = {
+        **variables(NEW),
+        "k3s_common_artefacts": str(folder),
+        "k3s_common_url": "http://nowhere.invalid",
+    }
+    offline["k3s_common_sha256"]["images"] = hashlib.sha256(b"images").hexdigest()
+    play("k3s", SERVERS, offline, "--tags", "k3s")
+    return offline
+
+
+def test_three_servers_of_which_the_first_founds_the_cluster(three, bed):
+    assert nodes(bed) == {host: {"role": "server", "version": NEW} for host in ("c1", "n1", "n2")}
+    assert config(bed, "c1", "config.yaml.d/10-cluster.yaml") == {"cluster-init": True}
+    join = {"server": f"https://{bed.machines['c1'].address}:6443"}
+    assert config(bed, "n1", "config.yaml.d/10-cluster.yaml") == join
+    assert bed.ssh("n2", "cat /var/lib/rancher/k3s/agent/images/*.zst").stdout == "images"
+
+
+def test_backup_and_restore_of_a_cluster(three, bed, play, scratch):
+    backup = scratch / "etcd"
+    played = play("backup", SERVERS, three, "-e", f"ic_backup={backup}", "--diff")
+    assert TOKEN not in played.output
+    assert (backup / "k3s/token").read_text() == TOKEN
+    # a majority is lost, and what the last one has is not the cluster's any more
+    for host in bed.machines:
+        bed.ssh(host, "systemctl stop k3s && echo '{}' > /var/lib/rancher/k3s/server/db/etcd/nodes.json")
+        bed.ssh(host, "truncate -s0 /var/log/k3s-stand-in.jsonl")
+    played = play("restore", SERVERS, three, "-e", f"ic_backup={backup}", "--diff")
+    assert TOKEN not in played.output
+    assert set(nodes(bed)) == {"c1", "n1", "n2"}
+    reset = [
+        "server",
+        "--cluster-reset",
+        "--cluster-reset-restore-path=/var/lib/rancher/k3s/server/ic-restore",
+    ]
+    assert calls(bed, "c1") == [reset, ["server"]]
+    assert calls(bed, "n1") == [["server"]]
+
+
+def test_lost_first_server_joins_those_that_are_left(three, bed, play):
+    bed.ssh("c1", "systemctl stop k3s && rm -rf /etc/rancher /var/lib/rancher /usr/local/bin/k3s")
+    play("k3s", SERVERS, three, "--tags", "k3s")
+    # founding again would have made a second cluster beside the first
+    assert config(bed, "c1", "config.yaml.d/10-cluster.yaml") == {
+        "server": f"https://{bed.machines['n1'].address}:6443"
+    }
+    again = play("k3s", SERVERS, three, "--tags", "k3s")
+    assert again.changed == {"c1": 0, "n1": 0, "n2": 0}, again.changed_tasks
+
+
+def test_charts_are_handed_over_with_values_for_the_smallest_gpu(three, bed, play, web):
+    for host, said in {"n1": "81559, 9.0", "n2": "8192, 7.5"}.items():
+        root = bed.machines[host].root
+        device = root / "srv/pci-deploy/0000:01:00.0"
+        device.mkdir(parents=True)
+        for name, text in {"vendor": "0x10de", "class": "0x030200", "device": "0x2330"}.items():
+            (device / name).write_text(text + "\n")
+        smi = root / "usr/bin/nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho {said}\n")
+        smi.chmod(0o755)
+    (web.folder / "weights").write_bytes(b"weights")
+    file = {
+        "name": "ic-1b/model",
+        "url": f"{web.url}/weights",
+        "sha256": hashlib.sha256(b"weights").hexdigest(),
+    }
+    given = {**three, "preflight_pci_path": "/srv/pci-deploy", "model_cache_files": [file]}
+    play("deploy", SERVERS, {**given, "gpu_runtime_time_slices": 2})
+    again = play("deploy", SERVERS, {**given, "gpu_runtime_time_slices": 2})
+    assert again.changed == {"c1": 0, "n1": 0, "n2": 0}, again.changed_tasks
+    assert bed.ssh("n2", "cat /var/lib/ic-models/ic-1b/model").stdout == "weights"
+    charts = {}
+    for name in ("ic", "nvidia-device-plugin", "dcgm-exporter", "kube-prometheus-stack"):
+        path = f"/var/lib/rancher/k3s/server/manifests/ic-{name}.yaml"
+        charts[name] = yaml.safe_load(bed.ssh("c1", f"cat {path}").stdout)["spec"]
+    values = yaml.safe_load(charts["ic"]["valuesContent"])
+    assert values == {"gpu": {"memoryGib": 8.0}, "engine": {"dtype": "half"}}
+    plugin = yaml.safe_load(charts["nvidia-device-plugin"]["valuesContent"])
+    assert (
+        yaml.safe_load(plugin["config"]["map"]["default"])["sharing"]["timeSlicing"]["resources"][0][
+            "replicas"
+        ]
+        == 2
+    )
+    assert yaml.safe_load(charts["kube-prometheus-stack"]["valuesContent"])["kubeEtcd"] == {"enabled": False}
+    rendered = render(charts["ic"], web.folder)
+    engine = next(item for item in rendered if item["kind"] == "Deployment")
+    arguments = engine["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "half" in " ".join(map(str, arguments))
+
+
+def render(spec, folder):
+    """The chart in a manifest, rendered by the real Helm with the values in it."""
+    packed, values = folder / "chart.tgz", folder / "values.yaml"
+    packed.write_bytes(base64.b64decode(spec["chartContent"]))
+    values.write_text(spec["valuesContent"])
+    helm = str(chart_tools.tools().helm)
+    done = subprocess.run(
+        [helm, "template", "ic", packed, "-f", values], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [item for item in yaml.safe_load_all(done.stdout) if item]
