@@ -62,6 +62,7 @@ class Run:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row, show it, and write the result."""
+        row = {"point": self.topic, **row}
         self.rows.append(row)
         shown = {key: value for key, value in row.items() if not isinstance(value, list | dict)}
         print("  " + ", ".join(f"{key} {_short(value)}" for key, value in shown.items()), flush=True)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench.cases import serving, serving_engine, serving_faults, serving_parity
+from bench.cases import serving, serving_engine, serving_faults, serving_parity, serving_tables
 from bench.cases.serving_host import model_folder, write_dist_info, write_random_checkpoint
 from bench.cases.serving_server import run_child
 from ic_model import ICConfig, ICForCausalLM
@@ -114,6 +114,47 @@ def test_a_fault_that_is_not_what_it_has_to_be_fails_the_run(tmp_path, monkeypat
     (file,) = tmp_path.glob("*/result.json")
     (row,) = json.loads(file.read_text())["rows"]
     assert row["fault"] == "sabotage" and row["held"] is False and row["seen"] == "the server started"
+
+
+def test_tables_have_the_newest_of_equal_measurements_and_no_empty_columns():
+    old = {
+        "point": "decode",
+        "model": "ic-1b",
+        "impl": "ours",
+        "context_tokens": 1048576,
+        "kv_dtype": "auto",
+        "decode_tokens_per_s": 10.0,
+        "memory_limit_gib": None,
+        "gpu": "G",
+        "result": "first",
+    }
+    rows = [old, {**old, "decode_tokens_per_s": 123.45, "share_of_limit": 0.714, "result": "second"}]
+    rows += [{**old, "impl": "stock", "result": "second"}]
+    text = serving_tables.serving_table(rows)
+    assert "| ic-1b | ours | 1,048,576 | auto | 123.5 | 71% | G | `second` |" in text
+    assert "| ic-1b | stock | 1,048,576 | auto | 10.0 | - | G | `second` |" in text
+    assert "first" not in text and "card, GiB" not in text
+    lengths = {line.count("|") for line in text.splitlines()}
+    assert len(lengths) == 1
+    fault = {
+        "point": "faults",
+        "fault": "killed engine",
+        "held": True,
+        "seconds": 1.5,
+        "gpu": "G",
+        "result": "r",
+    }
+    assert "| killed engine | yes | 1.5 | G | `r` |" in serving_tables.faults_table([fault])
+    case = {
+        "model": "ic-nano",
+        "case": "float32",
+        "equal": 9,
+        "prompts": 9,
+        "max_logprob_difference": 4.9e-05,
+    }
+    assert "| float32 | 9 of 9 | 4.9e-05 | G | `r` |" in serving_tables.parity_table(
+        [{**case, "gpu": "G", "result": "r"}]
+    )
 
 
 def test_a_child_that_fails_or_takes_too_long_is_an_error():
