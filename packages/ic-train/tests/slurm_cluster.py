@@ -145,15 +145,12 @@ class Cluster:
         return "\n".join(f"== {file.name}\n" + file.read_text()[-2500:] for file in files)
 
     def close(self) -> None:
-        """End the jobs, then the daemons."""
+        """End the jobs, then the daemons, then whatever is left of either."""
         self._bury()
         if "slurmctld" in self._daemons:
             subprocess.run(
                 ["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=30, check=False
             )
-        steps = [pid for pid, words in _processes() if "slurmstepd: [" in words and self._is_of(pid)]
-        for pid in [pid for step in steps for pid in (*_descendants(step), step)]:
-            _signal(pid, signal.SIGKILL)
         for name in ("node1", "node2", "slurmctld", "munged"):
             daemon = self._daemons.pop(name, None)
             if daemon is not None:
@@ -163,6 +160,14 @@ class Cluster:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
+        # steps outlive their daemon, and srun its step; all of them were told of this configuration
+        told = f"SLURM_CONF={self.root / 'slurm.conf'}".encode()
+        deadline = time.monotonic() + 20
+        while left := [pid for pid, _ in _processes() if told in _environment(pid)]:
+            assert time.monotonic() < deadline, left
+            for pid in left:
+                _signal(pid, signal.SIGKILL)
+            time.sleep(0.1)
 
     def _bury(self) -> None:
         for pid in self._silent:
@@ -224,6 +229,13 @@ def _processes() -> list[tuple[int, str]]:
                 continue
             found.append((int(entry.name), words))
     return found
+
+
+def _environment(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _descendants(pid: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from importlib import import_module, util
@@ -13,6 +14,8 @@ from ic_model.sizing import linear_flop_per_token, prefill_attention_flop_per_to
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ic_train.data.curriculum import Curriculum
+
+logger = logging.getLogger(__name__)
 
 # dense bf16 matrix rate in TFLOP/s by the vendors' data sheets, found by a part of the device's name
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0}
@@ -91,15 +94,16 @@ class UtilisationSampler:
 
     def _run(self) -> None:
         pynvml = import_module("pynvml")
-        pynvml.nvmlInit()
         try:
+            pynvml.nvmlInit()
             # by UUID: CUDA_VISIBLE_DEVICES renumbers for CUDA, not for NVML
             uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             while not self._stop.wait(self.interval_s):
                 self.samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-        finally:
-            pynvml.nvmlShutdown()
+        except pynvml.NVMLError as error:
+            # as in a container without the right to ask, or on a slice of a GPU
+            logger.warning("NVML does not say how much the GPU is used: %s", error)
 
 
 class ThroughputMeter(TrainerCallback):
