@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,10 @@ runtime="runc"
 CLIENT = """
 import sys, urllib.request, urllib.error
 url, body = sys.argv[1], sys.stdin.buffer.read()
-request = urllib.request.Request(url, body or None, {"Content-Type": "application/json"})
+headers = {"Content-Type": "application/json"}
+if len(sys.argv) > 3:
+    headers["Authorization"] = "Bearer " + sys.argv[3]
+request = urllib.request.Request(url, body or None, headers)
 try:
     with urllib.request.urlopen(request, timeout=float(sys.argv[2])) as answer:
         status, text = answer.status, answer.read()
@@ -54,6 +59,24 @@ sys.stdout.buffer.write(text)
 """
 
 
+POLICY = Path("/usr/sbin/policy-rc.d")
+
+
+@contextlib.contextmanager
+def no_services() -> Iterator[None]:
+    """Packages that are installed meanwhile start no service: Debian asks this program, and 101 means no."""
+    if POLICY.exists():
+        # a container's image, or somebody else's answer
+        yield
+        return
+    POLICY.write_text("#!/bin/sh\nexit 101\n", encoding="utf-8")
+    POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        POLICY.unlink()
+
+
 def install_packages(programs: Mapping[str, str]) -> None:
     """Install Debian's packages of the programs that this machine lacks; no service is started."""
     missing = [
@@ -62,9 +85,12 @@ def install_packages(programs: Mapping[str, str]) -> None:
         if not (shutil.which(program) or Path(program).is_file())
     ]
     if missing:
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-        for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *missing]):
-            subprocess.run(["apt-get", *command], check=True, timeout=300, env=environment)
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        with no_services():
+            for command in (["update", "-q"], ["install", "-y", "-q", "--no-install-recommends", *missing]):
+                # another one's apt may be running, as at a machine's first start
+                options = ["-o", "DPkg::Lock::Timeout=120"]
+                subprocess.run(["apt-get", *options, *command], check=True, timeout=300, env=environment)
 
 
 @dataclass(frozen=True)
@@ -125,6 +151,13 @@ class Podman:
         """Everything about a container or an image."""
         return json.loads(self.run("inspect", name))[0]
 
+    def make_secret(self, name: str, data: Mapping[str, str]) -> None:
+        """A Secret for `secretKeyRef`: what `kube play` keeps of one is the JSON of its `data`."""
+        encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+        file = self.folder / f"{name}.json"
+        file.write_text(json.dumps(encoded), encoding="utf-8")
+        self.run("secret", "create", name, str(file))
+
     def play(self, *objects: dict[str, Any]) -> Pod:
         """Start the pod of a Deployment or Pod, with the ConfigMaps that it mounts."""
         file = self.folder / "play.yaml"
@@ -139,16 +172,18 @@ class Podman:
         (network,) = infra["NetworkSettings"]["Networks"].values()
         return Pod(pod, container, network["IPAddress"])
 
-    def request(self, url: str, body: Any = None, *, timeout: float = 60) -> tuple[int, bytes]:
+    def request(self, url: str, body: Any = None, *, timeout: float = 60, key: str = "") -> tuple[int, bytes]:
         """Status and body of a request from inside the namespace; status 0 where nobody answers."""
-        process = self.start_request(url, body, timeout=timeout)
+        process = self.start_request(url, body, timeout=timeout, key=key)
         output, _ = process.communicate(timeout=timeout + 30)
         return answer_of(output)
 
-    def start_request(self, url: str, body: Any = None, *, timeout: float = 60) -> subprocess.Popen[bytes]:
+    def start_request(
+        self, url: str, body: Any = None, *, timeout: float = 60, key: str = ""
+    ) -> subprocess.Popen[bytes]:
         """The same, running; its output is for `answer_of`."""
         process = subprocess.Popen(
-            [*self.inside, sys.executable, "-c", CLIENT, url, str(timeout)],
+            [*self.inside, sys.executable, "-c", CLIENT, url, str(timeout), *([key] if key else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -4,7 +4,8 @@
     python charts/tools/generate.py --check    exit 1 and name the files that are not up to date
 
 values.schema.json and the README's tables come from the comments of values.yaml; files/sizing.json from
-`ic_model.sizing_serving`. The part of values.yaml below the line MONITORING is values.monitoring.part.yaml, word for word.
+`ic_model.sizing_serving`. The part of values.yaml below the line MONITORING is values.monitoring.part.yaml, word
+for word.
 """
 
 from __future__ import annotations

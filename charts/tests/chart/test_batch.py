@@ -265,6 +265,8 @@ def test_the_rendered_command_finds_pass_keys_with_the_real_engine(tmp_path):
     command[port + 1] = "0"
     command += ["--host", "127.0.0.1"]
     environment = {item["name"]: item["value"].replace("/tmp", str(tmp_path)) for item in container["env"]}
+    # vLLM's sockets
+    environment["TMPDIR"] = str(tmp_path)
     for _ in range(2):
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=400, check=False, env=os.environ | environment

