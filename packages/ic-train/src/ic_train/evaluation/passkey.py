@@ -60,7 +60,7 @@ def make_document(
         raise ValueError(
             f"context_tokens is {context_tokens}; {num_keys} pass keys alone need {needle_tokens} tokens"
         )
-    text = _text_of(haystack[start:] + haystack[:start], tokenizer, context_tokens - needle_tokens)
+    text = text_of(haystack[start:] + haystack[:start], tokenizer, context_tokens - needle_tokens)
     hidden, pass_keys = hide_pass_keys(text, num_keys, seed)
     ids = tokenizer(hidden, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
     return Document(token_ids=ids, pass_keys=pass_keys)
@@ -130,7 +130,7 @@ def evaluate_passkey(
     bar.close()
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     """95 % confidence interval of a share (Wilson 1927), which unlike the normal one is right near 1."""
     z = 1.959964
     share = correct / total
@@ -143,8 +143,14 @@ def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _text_of(haystack: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
-    """The start of the endlessly repeated haystack that has `tokens` tokens."""
+def text_of(haystack: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
+    """The start of the endlessly repeated haystack that has `tokens` tokens.
+
+    Args:
+        haystack: text, not empty.
+        tokenizer: the model's.
+        tokens: length of the result.
+    """
     sample = haystack[:10_000]
     tokens_per_character = _token_count(tokenizer, sample) / len(sample)
     characters = int(tokens / tokens_per_character * 1.1) + 1_000

@@ -1,0 +1,177 @@
+"""One evaluation: every question of every task and length, answered once, and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ic_train.evaluation.engines import Engine
+from ic_train.evaluation.perplexity import perplexity_record, perplexity_rows
+from ic_train.evaluation.records import Records, hold_settings
+from ic_train.evaluation.report import write_report
+from ic_train.evaluation.tasks import (
+    SPARE_TOKENS,
+    TASKS,
+    Context,
+    Plan,
+    Question,
+    Task,
+    contexts,
+    question_ids,
+)
+
+PERPLEXITY = "perplexity"
+SUITES = (*TASKS, PERPLEXITY)
+ANSWERS_FILE = "answers.jsonl"
+_SHORTEST_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What an evaluation asks, and where it writes.
+
+    Args:
+        folder: of answers and report.
+        plan: how contexts are made.
+        suites: names out of SUITES.
+        lengths_tokens: contexts with question and answer.
+        texts: stretches of text per length for perplexity.
+        labels: `model, engine, kv_dtype`, part of every row.
+        settings: what a rerun into the same folder must share.
+    """
+
+    folder: Path
+    plan: Plan
+    suites: Sequence[str]
+    lengths_tokens: Sequence[int]
+    texts: int
+    labels: dict[str, str]
+    settings: dict[str, Any]
+
+
+def check_lengths(lengths_tokens: Sequence[int], longest_tokens: int | None, *, source: str) -> None:
+    """Refuse lengths that a model does not take.
+
+    Args:
+        lengths_tokens: wished.
+        longest_tokens: the model's limit; None where nobody knows it.
+        source: of the limit, for the message.
+
+    Raises:
+        ValueError: a length is too long, or too short for any question.
+    """
+    for tokens in lengths_tokens:
+        if tokens < _SHORTEST_TOKENS or (longest_tokens and tokens > longest_tokens):
+            most = f"to {longest_tokens} ({source})" if longest_tokens else "on"
+            raise ValueError(f"--lengths has {tokens}; this model takes from {_SHORTEST_TOKENS} {most}")
+
+
+async def evaluate(run: Run, engine: Engine, model: PreTrainedModel | None = None) -> str:
+    """Ask what the folder does not hold yet, then write the report; its Markdown table.
+
+    Args:
+        run: what to ask.
+        engine: who answers.
+        model: for perplexity, which needs one in this process.
+
+    Raises:
+        ValueError: the folder holds another run, or its answers cannot be read.
+        ServerError: a server gave up; what was answered is kept, and the same call goes on from there.
+    """
+    assert model is not None or PERPLEXITY not in run.suites
+    hold_settings(run.folder, run.settings)
+    with Records(run.folder / ANSWERS_FILE) as records:
+        for suite in run.suites:
+            for tokens in run.lengths_tokens:
+                if suite == PERPLEXITY:
+                    _measure_perplexity(run, model, records, tokens)
+                else:
+                    await _ask(run, TASKS[suite], engine, records, tokens)
+        rows = [row for suite in run.suites for row in _rows(run, suite, records)]
+    return write_report(run.folder, rows, seed=run.plan.seed)
+
+
+async def _ask(run: Run, task: Task, engine: Engine, records: Records, context_tokens: int) -> None:
+    ids = [name for group in question_ids(task, run.plan, context_tokens) for name in group]
+    held = [records.by_id[name]["correct"] for name in ids if name in records.by_id]
+    correct = sum(held)
+    description = f"{task.name} {context_tokens}"
+    with tqdm(total=len(ids), initial=len(held), desc=description, unit="question") as bar:
+        for context in contexts(task, run.plan, context_tokens, lambda name: name not in records.by_id):
+
+            def answered(question: Question, answer: str, context: Context = context) -> None:
+                nonlocal correct
+                right = task.score(answer, question.expected)
+                correct += right
+                records.append(_record(task.name, context_tokens, context, question, answer, right))
+                bar.update()
+                bar.set_postfix(correct=correct)
+
+            await engine.ask(context, answered)
+
+
+def _record(
+    task: str, context_tokens: int, context: Context, question: Question, answer: str, right: bool
+) -> dict[str, Any]:
+    return {
+        "id": question.id,
+        "task": task,
+        "context_tokens": context_tokens,
+        "document_tokens": len(context.token_ids),
+        "depth": question.depth,
+        "question": question.text.strip(),
+        "reference": ", ".join(question.expected),
+        "quote": question.quote,
+        "answer": answer,
+        "correct": right,
+    }
+
+
+def _measure_perplexity(
+    run: Run, model: PreTrainedModel | None, records: Records, context_tokens: int
+) -> None:
+    assert model is not None
+    names = _text_ids(run, context_tokens)
+    for number, name in enumerate(tqdm(names, desc=f"{PERPLEXITY} {context_tokens}", unit="text")):
+        if name not in records.by_id:
+            record = perplexity_record(
+                model,
+                run.plan.tokenizer,
+                run.plan.haystack,
+                context_tokens=context_tokens,
+                name=name,
+                seed=run.plan.seed + number,
+            )
+            records.append(record)
+
+
+def _rows(run: Run, suite: str, records: Records) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for tokens in run.lengths_tokens:
+        if suite == PERPLEXITY:
+            measured = [records.by_id[name] for name in _text_ids(run, tokens)]
+            rows += [{**run.labels, **row} for row in perplexity_rows(measured)]
+            continue
+        ids = [name for group in question_ids(TASKS[suite], run.plan, tokens) for name in group]
+        samples = [records.by_id[name] for name in ids]
+        rows.append(
+            {
+                **run.labels,
+                "task": suite,
+                "context_tokens": tokens,
+                "correct": sum(sample["correct"] for sample in samples),
+                "total": len(samples),
+                "spare_tokens": SPARE_TOKENS,
+                "samples": samples,
+            }
+        )
+    return rows
+
+
+def _text_ids(run: Run, context_tokens: int) -> list[str]:
+    return [f"{PERPLEXITY}-{context_tokens}-{number}" for number in range(run.texts)]

@@ -1,0 +1,234 @@
+"""Retrieval tasks: contexts of an exact length, their questions, and how an answer is scored.
+
+A context is a prefix that its questions share, so that a server with prefix caching reads it once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ic_train.evaluation.passkey import make_document
+
+# room for a question and its answer in any tokenizer
+SPARE_TOKENS = 160
+VALUES_PER_KEY = 3
+_ANSWER_TOKENS = 12
+
+# Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300, appendix; the lines are joined by line breaks
+_TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_NEEDLE = "The pass key is {number}. Remember it. {number} is the pass key."
+_QUESTION = "\nWhat is the pass key? The pass key is"
+_LARGEST_NUMBER = 50_000
+
+_VALUES_QUESTION = "\nQuestion: all {count} pass keys for {key}? Answer: The pass keys for {key} are"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A question about a context.
+
+    Args:
+        id: of the question in its run; the same settings give the same ids.
+        text: follows the context directly.
+        expected: what the answer must hold.
+        depth: of the fact in the context, from 0 (start) to 1 (end); None for several facts.
+        quote: the passages that hold the answer.
+        max_tokens: of the answer.
+    """
+
+    id: str
+    text: str
+    expected: tuple[str, ...]
+    depth: float | None
+    quote: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Context:
+    """A context and its questions; `token_ids` are what a model reads, without special tokens."""
+
+    token_ids: list[int]
+    questions: list[Question]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How contexts are made.
+
+    Args:
+        haystack: text that `niah` and `multivalue` hide their keys in.
+        tokenizer: the model's.
+        num_questions: per task and length.
+        keys_per_context: questions that share a context, in the tasks that hide several keys.
+        seed: of texts, keys and depths.
+    """
+
+    haystack: str
+    tokenizer: PreTrainedTokenizerBase
+    num_questions: int
+    keys_per_context: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A task: how many contexts it has, how one is made, when an answer is right."""
+
+    name: str
+    build: Callable[[Plan, int, int, list[str]], Context]
+    score: Callable[[str, tuple[str, ...]], bool]
+    shares_context: bool = True
+
+
+def question_ids(task: Task, plan: Plan, context_tokens: int) -> list[list[str]]:
+    """The ids of all questions of a task at a length, a list per context; nothing is built for them."""
+    each = plan.keys_per_context if task.shares_context else 1
+    names = [
+        f"{task.name}-{context_tokens}-{number // each}-{number % each}"
+        for number in range(plan.num_questions)
+    ]
+    return [names[start : start + each] for start in range(0, len(names), each)]
+
+
+def contexts(task: Task, plan: Plan, context_tokens: int, wanted: Callable[[str], bool]) -> Iterator[Context]:
+    """The contexts that have wanted questions, with these questions only, made one at a time.
+
+    Args:
+        task: one of TASKS.
+        plan: the run's.
+        context_tokens: length of each context with its question and its answer.
+        wanted: whether the question of an id is to be asked.
+
+    Raises:
+        ValueError: the length has no room for what is hidden.
+    """
+    for number, names in enumerate(question_ids(task, plan, context_tokens)):
+        if not any(map(wanted, names)):
+            continue
+        made = task.build(plan, context_tokens - SPARE_TOKENS, number, names)
+        asked = [question for question in made.questions if wanted(question.id)]
+        yield Context(token_ids=made.token_ids, questions=asked)
+
+
+def _passkey(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
+    """One number in the published filler; depths go evenly from the end to the start.
+
+    All contexts of a length start alike, down to their number: with the deepest first, a cache of prefixes
+    spares half of the reading on average.
+    """
+    rng = np.random.default_rng([plan.seed, number])
+    wanted = 1 - (number + rng.random()) / plan.num_questions
+    value = str(int(rng.integers(1, _LARGEST_NUMBER + 1)))
+    needle = _NEEDLE.format(number=value)
+    sample = _token_count(plan.tokenizer, " ".join([_FILLER] * 33)) - _token_count(plan.tokenizer, _FILLER)
+    fixed = _token_count(plan.tokenizer, f"{_TASK}\n\n{needle}\n")
+    characters = int((tokens - fixed) / (sample / 32) * (len(_FILLER) + 1))
+    while characters > len(_FILLER):
+        endless = (_FILLER + " ") * (2 + characters // len(_FILLER))
+        before = int(wanted * characters)
+        text = "\n".join([_TASK, endless[:before], needle, endless[: characters - before]])
+        token_ids = _ids(plan.tokenizer, text)
+        if len(token_ids) <= tokens:
+            depth = text.index(needle) / len(text)
+            asked = _question(names[0], _QUESTION, (value,), depth, needle, _ANSWER_TOKENS)
+            return Context(token_ids=token_ids, questions=[asked])
+        characters -= max(1, int((len(token_ids) - tokens) / len(token_ids) * characters))
+    raise ValueError(
+        f"context_tokens is {tokens + SPARE_TOKENS}; the pass key's sentences need at least "
+        f"{fixed + SPARE_TOKENS + sample // 32}"
+    )
+
+
+def _niah(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
+    """Named keys in a text, each asked for; the others are its distractors."""
+    document = make_document(
+        plan.haystack,
+        plan.tokenizer,
+        context_tokens=tokens,
+        num_keys=plan.keys_per_context,
+        seed=plan.seed + number,
+    )
+    questions = [
+        _question(name, key.question, (key.digits,), key.depth, key.needle.strip(), _ANSWER_TOKENS)
+        for name, key in zip(names, document.pass_keys, strict=False)
+    ]
+    return Context(token_ids=document.token_ids.tolist(), questions=questions)
+
+
+def _multivalue(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
+    """Names that stand in several places, each time with another value; all of them are asked for."""
+    count = len(names) * VALUES_PER_KEY
+    seed, room = plan.seed + number, tokens
+    while True:
+        document = make_document(
+            plan.haystack, plan.tokenizer, context_tokens=room, num_keys=count, seed=seed
+        )
+        text = plan.tokenizer.decode(document.token_ids)
+        found = document.pass_keys
+        for index, key in enumerate(found):
+            text = text.replace(key.needle, key.needle.replace(key.key, found[index % len(names)].key), 1)
+        token_ids = _ids(plan.tokenizer, text)
+        if len(token_ids) <= tokens:
+            break
+        # other names may take more tokens
+        room -= len(token_ids) - tokens
+    questions = []
+    for index, name in enumerate(names):
+        same = found[index :: len(names)]
+        needles = [key.needle.strip().replace(key.key, same[0].key) for key in same]
+        text = _VALUES_QUESTION.format(count=len(same), key=same[0].key)
+        values = tuple(key.digits for key in same)
+        questions.append(_question(name, text, values, None, "\n".join(needles), _ANSWER_TOKENS * len(same)))
+    return Context(token_ids=token_ids, questions=questions)
+
+
+def first_number_is(answer: str, expected: tuple[str, ...]) -> bool:
+    """Whether the first whole number of an answer is the expected one."""
+    match = re.search(r"\d+", answer)
+    return bool(match) and match[0] == expected[0]
+
+
+def all_numbers_in(answer: str, expected: tuple[str, ...]) -> bool:
+    """Whether every expected number stands in an answer as a whole number."""
+    return set(expected) <= set(re.findall(r"\d+", answer))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(name="passkey", build=_passkey, score=first_number_is, shares_context=False),
+        Task(name="niah", build=_niah, score=first_number_is),
+        Task(name="multivalue", build=_multivalue, score=all_numbers_in),
+    )
+}
+
+
+def _question(
+    name: str, text: str, expected: tuple[str, ...], depth: float | None, quote: str, max_tokens: int
+) -> Question:
+    return Question(
+        id=name,
+        text=text,
+        expected=expected,
+        depth=None if depth is None else round(depth, 4),
+        quote=quote,
+        max_tokens=max_tokens,
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(_ids(tokenizer, text))

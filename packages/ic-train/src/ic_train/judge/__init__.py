@@ -1,0 +1,1 @@
+"""Judges: language models that grade answers, and how far they are to be believed."""
