@@ -78,7 +78,8 @@ def run_all(root: Path) -> dict[str, Any]:
             Run("full", ["--linear_loss", "full", "--attn_implementation", "sdpa"]),
             Run("checkpointed", ["--gradient_checkpointing", "true"]),
             Run("one-apart", MASKED),
-            Run("one-resumed", saved),
+            # other kernels are no other run
+            Run("one-resumed", [*saved, "--linear_loss", "full", "--attn_implementation", "sdpa"]),
             Run("wrong-resume", [*accumulate(4), *saved]),
         ],
         # as on a single GPU

@@ -5,9 +5,9 @@ accelerate launch --config_file FSDP.yaml -m ic_train.sft --config RECIPE.yaml
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -43,7 +43,7 @@ from ic_train.long_context.arguments import (
 from ic_train.long_context.documents import PackedDocuments, open_corpora
 from ic_train.long_context.models import add_adapters, build_model, described, save_model
 from ic_train.preemption import StopOnSignal
-from ic_train.results import commit, device_name
+from ic_train.results import commit, device_name, versions
 from ic_train.tracking import LocalMetrics, guard_trackers, prepare_trackers
 from ic_train.trainers.linear_loss import add_loss_head, choose_loss
 from ic_train.trainers.long_context import LongContextTrainer, NonFiniteLossError
@@ -172,8 +172,15 @@ def _sequences_per_step(recipe: Recipe) -> int:
 def _record(recipe: Recipe, data: PackedDocuments) -> dict[str, Any]:
     """What a run is: `identity` is what may not change when it is resumed."""
     sequences = _sequences_per_step(recipe)
+    # kernels may change when it is resumed, and folders may have moved
+    model = {
+        **described(recipe.model),
+        "model": Path(recipe.model.model).name,
+        "attn_implementation": None,
+        "linear_loss": None,
+    }
     identity = {
-        "model": described(recipe.model),
+        "model": model,
         "packing": asdict(data.packing),
         "streams": data.streams,
         "sequences_per_step": sequences,
@@ -187,10 +194,17 @@ def _record(recipe: Recipe, data: PackedDocuments) -> dict[str, Any]:
         "context_parallel_size": recipe.run.context_parallel_size,
         "sharded": fsdp_was_asked_for(),
         "gpu": device_name(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "trl")}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
         "commit": commit()[0],
     }
+
+
+def _versions() -> dict[str, str]:
+    found = versions()
+    for name in ("accelerate", "trl", "liger-kernel"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _facts(record: dict[str, Any], kind: str) -> dict[str, Any]:
