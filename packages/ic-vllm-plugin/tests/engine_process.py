@@ -11,7 +11,7 @@ from ic_model import ICForCausalLM
 from served_models import users_environment
 
 
-def run_cases(cases: dict[str, dict[str, Any]], *, timeout_s: float = 240) -> dict[str, dict[str, Any]]:
+def run_cases(cases: dict[str, dict[str, Any]], *, timeout_s: float = 420) -> dict[str, dict[str, Any]]:
     """A result per case, by its name."""
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("engine_cases.py"))],

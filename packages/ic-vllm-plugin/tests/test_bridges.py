@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import vllm
 from latent_batches import SCALE, Dims, engine_config
 from served_models import served_checkpoint
+from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora import model_manager
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention, MLACommonPrefillMetadata
@@ -35,6 +37,15 @@ def test_custom_is_our_backend_for_attention_and_for_prefill():
     ic_vllm_plugin.register()
     assert compat.AttentionBackendEnum.CUSTOM.get_class() is attention.LatentBackend
     assert compat.MLAPrefillBackendEnum.CUSTOM.get_class() is OpsPrefillBackend
+
+
+def test_our_choice_survives_the_way_to_the_engines_process():
+    # a backend of a name of its own, which vLLM 0.32 offers, does not: the other process does not know it yet
+    chosen = AttentionConfig(
+        backend=compat.AttentionBackendEnum.CUSTOM, mla_prefill_backend=compat.MLAPrefillBackendEnum.CUSTOM
+    )
+    arrived = pickle.loads(pickle.dumps(chosen))
+    assert arrived.backend is chosen.backend and arrived.mla_prefill_backend is chosen.mla_prefill_backend
 
 
 def test_another_plugins_custom_backend_stays(monkeypatch):
