@@ -27,6 +27,7 @@ COMMANDS = (
     "chown",
     "cp",
     "env",
+    "grep",
     "id",
     "ln",
     "ls",

@@ -6,6 +6,7 @@ address.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -180,6 +181,28 @@ def test_what_needs_no_key_answers_and_the_metrics_carry_the_served_name(podman,
     status, metrics = podman.request(f"http://{server.address}:8000/metrics")
     assert status == 200
     assert b'vllm:num_requests_waiting{engine="0",model_name="infinite-context"}' in metrics
+
+
+def test_the_command_of_the_documentation_freezes_the_engine_and_health_says_nothing(podman, server):
+    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^kubectl -n ic exec deployment/ic-infinite-context -- sh -c '(.+)'$", text, re.M)
+
+    def states():
+        names = "for p in /proc/[0-9]*; do if grep -qs VLLM::EngineCor $p/comm; then cat $p/stat; fi; done"
+        lines = podman.run("exec", server.container, "sh", "-c", names).splitlines()
+        return {line.rpartition(")")[2].split()[0] for line in lines}
+
+    assert states() and "T" not in states()
+    podman.run("exec", server.container, "sh", "-c", script)
+    try:
+        assert states() == {"T"}
+        url = f"http://{server.address}:8000"
+        assert podman.request(f"{url}/health")[0] == 200
+        body = {"model": "infinite-context", "prompt": "The tide", "max_tokens": 1}
+        assert podman.request(f"{url}/v1/completions", body, timeout=2, key=KEY)[0] == 0
+    finally:
+        podman.run("exec", server.container, "sh", "-c", script.replace("-STOP", "-CONT"))
+    assert "T" not in states()
 
 
 def test_stopping_the_pod_loses_no_running_request(podman, server, deployment):
