@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from ic_model.presets import preset
 from training_runs import PACKAGE
 from transformers import TrainingArguments
@@ -55,6 +56,8 @@ def test_a_recipe_is_what_its_head_says(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((PACKAGE / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
 def test_launcher_configurations_shard_with_fsdp2(path: Path) -> None:
     fields = yaml.safe_load(path.read_text())
+    # the launcher's own reader refuses keys that it does not know
+    assert load_config_from_file(str(path)).num_processes == fields["num_processes"]
     assert fields["distributed_type"] == "FSDP" and fields["fsdp_config"]["fsdp_version"] == 2
     if path.name != "cpu.yaml":
         assert fields["mixed_precision"] == "bf16"
