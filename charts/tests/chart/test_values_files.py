@@ -41,9 +41,13 @@ def containers(spec):
     return [*spec.get("initContainers", []), *spec["containers"]]
 
 
-@pytest.fixture(scope="module", params=[*FILES, "everything"])
+# what no file of ci/ has, or none together
+VARIANTS = {"everything": EVERYTHING, "hpa": {"monitoring.enabled": True, "autoscaling.kind": "hpa"}}
+
+
+@pytest.fixture(scope="module", params=[*FILES, *VARIANTS])
 def objects(request):
-    return render(set=EVERYTHING) if request.param == "everything" else render([request.param])
+    return render(set=VARIANTS[request.param]) if request.param in VARIANTS else render([request.param])
 
 
 def test_the_files_that_the_documentation_names_are_there():
@@ -68,6 +72,13 @@ def test_kubernetes_schemas(objects, version):
     for item in objects:
         if "monitoring.coreos.com" not in item["apiVersion"] and "keda" not in item["apiVersion"]:
             kubernetes_validate.validate(item, version, strict=True)
+
+
+def test_every_kind_of_the_chart_is_in_one_of_the_files_or_variants():
+    kinds = {item["kind"] for values in VARIANTS.values() for item in render(set=values)}
+    kinds |= {item["kind"] for name in FILES for item in render([name])}
+    templates = "".join(path.read_text() for path in (CHART / "templates").rglob("*.yaml"))
+    assert set(re.findall(r"^kind: (\w+)$", templates, re.MULTILINE)) - {"ServiceMonitor"} == kinds
 
 
 def test_the_schemas_do_refuse():

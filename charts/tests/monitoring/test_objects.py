@@ -44,6 +44,15 @@ def test_crds_take_what_is_rendered(monitored, kind):
         check_by_crd(item)
 
 
+@pytest.mark.parametrize(
+    "path", sorted((chart_tools.CHART / "ci").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_crds_take_what_the_values_files_make(render, path):
+    for item in render([path]):
+        if item["kind"] in MODELS:
+            check_by_crd(item)
+
+
 def test_the_crd_check_finds_what_is_wrong(monitored):
     monitor = chart_tools.of_kind(monitored(), "PodMonitor")[0]
     monitor["spec"]["podMetricsEndpoints"][0]["intervall"] = "5s"
