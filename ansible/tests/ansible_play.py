@@ -31,6 +31,11 @@ class Played:
         }
 
     @property
+    def why(self) -> str:
+        """The first error, for the message of a failed test."""
+        return self.output[max(0, self.output.find("[ERROR]:") - 300) :][:4000]
+
+    @property
     def changed(self) -> dict[str, int]:
         """Number of changes per host."""
         return {host: counts["changed"] for host, counts in self.recap.items()}

@@ -102,7 +102,7 @@ def play(bed: Bed, scratch: Path) -> Play:
             timeout=PLAYBOOK_TIMEOUT_S,
         )
         played = Played(done.returncode, done.stdout)
-        assert not check or played.code == 0, played.output[-8000:]
+        assert not check or played.code == 0, played.why
         return played
 
     return run

@@ -126,6 +126,8 @@ def _finish(root: Path) -> None:
     (root / "etc/apt/sources.list").write_text("deb [trusted=yes] file:/srv/debian ./\n")
     shutil.rmtree(root / "var/lib/apt/lists")
     (root / "var/lib/apt/lists/partial").mkdir(parents=True)
+    # as old as those of an installer's image: the first run reads them anew
+    os.utime(root / "var/lib/apt/lists", (0, 0))
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/machine-id").write_text("")
     (root / "srv/debian").mkdir(exist_ok=True)

@@ -17,6 +17,8 @@ TOKEN = "0123456789abcdef-not-for-logs"
 OLD, NEW = "v1.33.9+k3s1", "v1.34.2+k3s1"
 SERVERS = {"k3s_servers": ["c1", "n1", "n2"]}
 GROUPS = {"k3s_servers": ["c1"], "k3s_agents": ["n1", "n2"]}
+# what both clusters have in common, the tests of SLURM play
+TAGS = ("--tags", "k3s")
 
 
 def binary(version):
@@ -33,7 +35,6 @@ def variables(version, **more):
         "k3s_common_url": f"http://{GATEWAY}:8090/k3s",
         "k3s_common_token": TOKEN,
         "preflight_min_free_gib": 1,
-        "preflight_package_lists_age_s": 0,
         **more,
     }
 
@@ -53,10 +54,10 @@ def releases(web):
 @pytest.fixture(scope="module")
 def cluster(bed, play, releases):
     """One server, two agents."""
-    dry = play("k3s", GROUPS, VARIABLES, "--check", "--diff")
+    dry = play("k3s", GROUPS, VARIABLES, *TAGS, "--check", "--diff")
     left = bed.ssh("c1", "command -v nft k3s; ls -d /etc/rancher", check=False).stdout
     assert left == "", "a dry run has installed something"
-    first = play("k3s", GROUPS, VARIABLES, "--diff", "-v")
+    first = play("k3s", GROUPS, VARIABLES, *TAGS, "--diff", "-v")
     return SimpleNamespace(dry=dry, first=first)
 
 
@@ -127,13 +128,13 @@ def test_second_run_changes_and_restarts_nothing(cluster, bed, play):
     """k3s-ansible issue 564: every run installed again, and restarted."""
     show = "systemctl show -P MainPID k3s k3s-agent"
     before = [bed.ssh(host, show).stdout for host in bed.machines]
-    second = play("k3s", GROUPS, VARIABLES)
+    second = play("k3s", GROUPS, VARIABLES, *TAGS)
     assert second.changed == {"c1": 0, "n1": 0, "n2": 0}, second.changed_tasks
     assert [bed.ssh(host, show).stdout for host in bed.machines] == before
 
 
 def test_other_version_is_refused_outside_of_an_upgrade(cluster, bed, play):
-    refused = play("k3s", GROUPS, variables(NEW), "--tags", "k3s", check=False)
+    refused = play("k3s", GROUPS, variables(NEW), *TAGS, check=False)
     assert refused.code != 0
     assert f"n1 runs K3s {OLD}, and k3s_common_version is {NEW}: playbooks/upgrade.yml" in " ".join(
         refused.output.split()
@@ -183,12 +184,10 @@ def test_downgrade_is_refused(cluster, play):
 
 
 def test_missing_token_and_even_number_of_servers_are_refused(cluster, play):
-    refused = play(
-        "k3s", GROUPS, {**variables(NEW), "k3s_common_token": "short"}, "--tags", "k3s", check=False
-    )
+    refused = play("k3s", GROUPS, {**variables(NEW), "k3s_common_token": "short"}, *TAGS, check=False)
     assert "k3s_common_token has 5 characters, at least 16 are needed" in " ".join(refused.output.split())
     two = {"k3s_servers": ["c1", "n1"], "k3s_agents": ["n2"]}
-    refused = play("k3s", two, variables(NEW), "--tags", "k3s", check=False)
+    refused = play("k3s", two, variables(NEW), *TAGS, check=False)
     assert "k3s_servers has 2 machines, accepted are 1, 3, 5 and 7" in " ".join(refused.output.split())
 
 
@@ -202,10 +201,10 @@ def test_files_for_machines_without_the_internet_are_checked_here(cluster, play,
         "k3s_common_artefacts": str(folder),
         "k3s_common_url": "http://nowhere.invalid",
     }
-    refused = play("k3s", GROUPS, offline, "--tags", "k3s", check=False)
+    refused = play("k3s", GROUPS, offline, *TAGS, check=False)
     assert f"{images} is missing" in " ".join(refused.output.split())
     images.write_bytes(b"other images")
-    refused = play("k3s", GROUPS, offline, "--tags", "k3s", check=False)
+    refused = play("k3s", GROUPS, offline, *TAGS, check=False)
     assert f"{images} has the SHA-256 {hashlib.sha256(b'other images').hexdigest()}" in " ".join(
         refused.output.split()
     )
@@ -230,7 +229,7 @@ def three(cluster, bed, play, scratch):
         "k3s_common_url": "http://nowhere.invalid",
     }
     offline["k3s_common_sha256"]["images"] = hashlib.sha256(b"images").hexdigest()
-    play("k3s", SERVERS, offline, "--tags", "k3s")
+    play("k3s", SERVERS, offline, *TAGS)
     return offline
 
 
@@ -265,12 +264,12 @@ def test_backup_and_restore_of_a_cluster(three, bed, play, scratch):
 
 def test_lost_first_server_joins_those_that_are_left(three, bed, play):
     bed.ssh("c1", "systemctl stop k3s && rm -rf /etc/rancher /var/lib/rancher /usr/local/bin/k3s")
-    play("k3s", SERVERS, three, "--tags", "k3s")
+    play("k3s", SERVERS, three, *TAGS)
     # founding again would have made a second cluster beside the first
     assert config(bed, "c1", "config.yaml.d/10-cluster.yaml") == {
         "server": f"https://{bed.machines['n1'].address}:6443"
     }
-    again = play("k3s", SERVERS, three, "--tags", "k3s")
+    again = play("k3s", SERVERS, three, *TAGS)
     assert again.changed == {"c1": 0, "n1": 0, "n2": 0}, again.changed_tasks
 
 

@@ -29,7 +29,6 @@ def variables(bed, web, scratch):
     return {
         "preflight_pci_path": "/srv/pci-nvidia",
         "preflight_min_free_gib": 1,
-        "preflight_package_lists_age_s": 0,
         "nvidia_driver_url": f"{web.url}/driver",
         "nvidia_driver_fingerprint": publisher.fingerprint,
         "nvidia_driver_module": "/run/nvidia-module",

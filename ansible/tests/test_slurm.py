@@ -14,6 +14,7 @@ VARIABLES = {
     "slurm_common_cgroups": False,
     # seconds instead of minutes, so that a test can wait for them
     "slurm_common_timeout_s": 10,
+    "slurm_common_credential_s": 10,
     "slurm_common_health_interval_s": 5,
     "slurm_common_extra": ["MessageTimeout=5"],
     "slurm_accounting_buffer_pool": "64M",
@@ -21,7 +22,6 @@ VARIABLES = {
     "preflight_pci_path": "/srv/pci",
     "nvidia_driver_manage": False,
     "preflight_min_free_gib": 1,
-    "preflight_package_lists_age_s": 0,
 }
 
 
@@ -127,7 +127,7 @@ def test_firewall_takes_the_cluster_and_ssh_and_nothing_else(cluster, bed):
 
 def test_epilog_ends_what_a_job_left_on_its_gpu(cluster, bed):
     # a process that has left its session and its parent: SLURM without cgroups loses sight of it
-    script = "setsid --fork tail -f /dev/null < /dev/null &> /dev/null\nuntil pgrep -x tail > /run/gpu; do :; done\n"
+    script = "setsid --fork tail -f /dev/null &> /dev/null\nuntil pgrep -x tail > /run/gpu; do :; done\n"
     submit(bed, script, "-w n2", "--gres=gpu:1", "--wait")
     assert bed.ssh("n2", "cat /run/gpu").stdout.strip().isdigit()
     until(bed, "n2", "pgrep -x tail || echo none", "none", timeout_s=20)
