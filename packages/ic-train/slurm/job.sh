@@ -32,8 +32,9 @@ run_job() {
   before=$(last_checkpoint "$output")
   echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST, output $output"
   export IC_MASTER_ADDR=${IC_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-  # two jobs on a node need two ports; a requeued job keeps its number
-  export IC_MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  # two jobs on a node need two ports; a requeued job keeps its number. Linux gives ports from 32768 on to whoever
+  # connects, so that those below are free
+  export IC_MASTER_PORT=${IC_MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
   # a rank whose neighbour is gone would wait for it until the time limit
   srun --kill-on-bad-exit=1 --export=ALL bash "${IC_SLURM:-packages/ic-train/slurm}/node.sh" \
     --config "$recipe" --resume auto "$@" --output_dir "$output"

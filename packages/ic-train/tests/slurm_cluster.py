@@ -72,7 +72,7 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._silent: list[int] = []
         self._buried: list[subprocess.Popen[bytes]] = []
-        ports = _free_ports(3)
+        ports = free_ports(3)
         host = socket.gethostname().split(".")[0]
         config = CONFIG.format(root=root, host=host, controller_port=ports[0], port1=ports[1], port2=ports[2])
         (root / "slurm.conf").write_text(config)
@@ -209,7 +209,8 @@ def _path() -> str:
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))

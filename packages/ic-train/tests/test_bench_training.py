@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,11 +46,26 @@ def test_a_ring_takes_the_nodes_launcher_and_shares_the_sequence() -> None:
     assert any(word.endswith("one-node.yaml") for word in command)
 
 
-def test_what_did_not_run_has_its_reason_and_no_number(tmp_path: Path) -> None:
-    options = argparse.Namespace(model="no-such-model", toy=True, seed=0, flags="", gpus=1)
-    row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=120)
-    assert "no-such-model" in row["error"] and not row["out_of_memory"]
+@pytest.mark.parametrize(
+    ("said", "out_of_memory"),
+    [("error: model is 'no-such-model'", False), ("torch.OutOfMemoryError: CUDA out of memory.", True)],
+)
+def test_what_did_not_run_has_its_reason_and_no_number(
+    said: str, out_of_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = [sys.executable, "-c", f"import sys; print({said!r}); sys.exit(1)", "ic_train.sft"]
+    monkeypatch.setattr(training, "_command", lambda *_: program)
+    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1)
+    row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=60)
+    assert row["error"] == said and row["out_of_memory"] == out_of_memory
     assert "tokens_per_s" not in row
+
+
+def test_a_case_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = [sys.executable, "-c", "import time; time.sleep(60)", "ic_train.sft"]
+    monkeypatch.setattr(training, "_command", lambda *_: program)
+    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1)
+    assert training._run(options, 256, "ours", tmp_path, tmp_path, left_s=1)["error"] == "error: no time left"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from slurm_cluster import Cluster, install
+from slurm_cluster import Cluster, free_ports, install
 from training_runs import FSDP_ON_CPU, PACKAGE, RECIPE, make_toys, steps_of
 
 from ic_train.checkpoints import COMPLETE
@@ -39,6 +39,8 @@ class Jobs:
     def train(self, output: Path, *more: str, script: str = "several-nodes.sbatch", **options: Any) -> str:
         flags = ["--model", str(self.toys["model"]), "--corpora", str(self.toys["corpus"])]
         words = [str(RECIPE), *flags, "--output_dir", str(output), *more]
+        # this machine may give out any port to whoever connects
+        self.cluster.environment["IC_MASTER_PORT"] = str(free_ports(1)[0])
         return self.submit(script, *words, **options)
 
     def reached(self, output: Path, step: int) -> bool:
