@@ -7,7 +7,7 @@
 {{/* Folder of the checkpoint in the container. */}}
 {{- define "ic.modelPath" -}}
 {{- if eq .Values.model.source "baked" -}}
-{{- default (printf "/models/%s" .Values.model.preset) .Values.model.path -}}
+{{- default "/models/ic-nano" .Values.model.path -}}
 {{- else -}}
 {{- list "/models/volume" (trimAll "/" .Values.model.path) | join "/" | trimSuffix "/" -}}
 {{- end -}}

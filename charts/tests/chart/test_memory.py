@@ -43,7 +43,7 @@ def check(name, memory_gib, flags, capsys):
 
 
 def values_of(name, memory_gib, further):
-    return {"model.preset": name, "gpu.memoryGib": memory_gib, **further}
+    return {"model.preset": name, "model.path": "/models/own", "gpu.memoryGib": memory_gib, **further}
 
 
 def accepted(**values):

@@ -238,6 +238,7 @@ def test_the_digest_decides():
         ({"serving.replica": 1}, "replica"),
         ({"image.tag": "latest"}, "image.tag|/image/tag"),
         ({"image.digest": "sha256:abc"}, "digest"),
+        ({"model.preset": "ic-1b"}, "images of images/ hold ic-nano only.*model.path to the folder"),
         ({"model.source": "pvc"}, "model.pvc.existingClaim is empty"),
         ({"model.source": "hostPath"}, "model.hostPath.path is empty"),
         ({"model.source": "download"}, "model.download.files is empty"),
