@@ -3,6 +3,7 @@ produce on demand, and judges with planted biases."""
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,11 +19,16 @@ class ScriptedServer:
     Args:
         answer: the text for a request's body.
         fails: for the number of a request (from 0), None, a status with a body, or "hang up".
-        max_model_len: what /v1/models says.
+        port: 0 for any free one.
+        model: fields of what /v1/models says, as max_model_len.
     """
 
     def __init__(
-        self, answer: Callable[[dict[str, Any]], str], fails: Failure = lambda number: None, **model: Any
+        self,
+        answer: Callable[[dict[str, Any]], str],
+        fails: Failure = lambda number: None,
+        port: int = 0,
+        **model: Any,
     ):
         self.answer, self.fails = answer, fails
         self.requests: list[dict[str, Any]] = []
@@ -30,7 +36,7 @@ class ScriptedServer:
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
         self._model = {"id": "scripted", "object": "model", "owned_by": "tests", "created": 0, **model}
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
 
@@ -109,3 +115,8 @@ def reader(body: dict[str, Any]) -> str:
         return " " + re.findall(r"The pass key is (\d+)\. Remember it\.", text)[0] + ".\n"
     key = re.findall(r"pass keys? for (\w+)", asked)[0]
     return " " + ", ".join(re.findall(rf"The pass key for {key} is (\d+)", document)) + ".\n"
+
+
+if __name__ == "__main__":
+    with ScriptedServer(reader, port=int(sys.argv[1]), max_model_len=8192):
+        threading.Event().wait()

@@ -11,10 +11,11 @@ from ic_train.convert.table import add_convert_table
 from ic_train.data.command import add_data
 from ic_train.evaluation.command import add_evaluate, add_evaluate_compare
 from ic_train.evaluation.passkey_command import add_evaluate_passkey
+from ic_train.evaluation.pipeline import add_evaluate_check, add_evaluate_pipeline
 from ic_train.judge.command import add_judge, add_judge_calibrate
 
 # of two words; anything else behind `evaluate` is a model, and behind `judge` a file
-_TWO_WORDS = {"evaluate": ("passkey", "compare"), "judge": ("calibrate",)}
+_TWO_WORDS = {"evaluate": ("passkey", "compare", "check", "pipeline"), "judge": ("calibrate",)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_evaluate_passkey(commands)
     add_evaluate_compare(commands)
+    add_evaluate_check(commands)
+    add_evaluate_pipeline(commands, main)
     add_judge(commands)
     add_judge_calibrate(commands)
     return parser

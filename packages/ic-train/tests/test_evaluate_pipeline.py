@@ -1,0 +1,187 @@
+"""From a checkpoint to an exit status: serve, evaluate, judge, compare, thresholds."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import openai_server
+import pytest
+from ic_model import checkpoint_path
+from openai_server import ScriptedServer
+
+from ic_train import cli
+from ic_train.evaluation.client import ServerError
+from ic_train.evaluation.serving import serve
+
+SCRIPT = [sys.executable, openai_server.__file__, "{port}"]
+EVALUATE = ["--tokenizer", str(checkpoint_path("ic-nano")), "--suite", "niah", "--lengths", "2k"]
+EVALUATE += ["--questions", "60", "--keys-per-context", "20"]
+GOOD = [{"task": "niah", "context_tokens": 2048, "least": 0.9, "most_loss": 0.1}]
+
+
+def report(folder: Path, *rows: dict) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({"rows": rows}))
+    return folder
+
+
+def niah(correct: int, total: int) -> dict:
+    return {"task": "niah", "context_tokens": 2048, "correct": correct, "total": total}
+
+
+def configure(folder: Path, limits: list, **fields) -> list[str]:
+    # JSON is YAML
+    (folder / "thresholds.yaml").write_text(json.dumps(limits))
+    config = {"serve": SCRIPT, "start_timeout_s": 60, "evaluate": EVALUATE, "thresholds": "thresholds.yaml"}
+    (folder / "pipeline.yaml").write_text(json.dumps({**config, **fields}))
+    return [
+        "evaluate",
+        "pipeline",
+        "runs/model",
+        "--config",
+        str(folder / "pipeline.yaml"),
+        "--out",
+        str(folder / "out"),
+    ]
+
+
+def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = report(tmp_path / "base", niah(60, 60))
+    with ScriptedServer(lambda body: "Right. [RESULT] 5") as judge:
+        words = configure(tmp_path, [*GOOD, {"task": "judge", "least": 0.9}], judge={"server": judge.url})
+        assert cli.main([*words, "--base", str(base)]) == 0
+        assert len(judge.requests) == 60
+        assert cli.main([*words, "--base", str(base)]) == 0
+        assert len(judge.requests) == 60
+    output = capsys.readouterr().out
+    assert "passed: niah at 2,048 tokens: least 0.9, found 0.9398" in output
+    assert "passed: niah at 2,048 tokens: most_loss 0.1, found 0.06017" in output
+    assert "passed: judge: least 0.9, found 0.9398" in output
+    assert (
+        "| niah | 2,048 | 60/60 [94.0%, 100.0%] | 60/60 [94.0%, 100.0%] | [-6.0, +6.0] points |"
+        in (tmp_path / "out" / "comparison.md").read_text()
+    )
+    assert len((tmp_path / "out" / "evaluation" / "answers.jsonl").read_text().splitlines()) == 60
+
+
+def test_a_checkpoint_below_its_thresholds_ends_with_their_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = configure(tmp_path, [{"task": "niah", "context_tokens": 2048, "least": 0.97}])
+    assert cli.main(words) == 4
+    # 60 of 60 do not show 97 %
+    assert "FAILED: niah at 2,048 tokens: least 0.97, found 0.9398" in capsys.readouterr().out
+
+
+def test_a_server_that_does_not_start_shows_its_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = configure(tmp_path, GOOD, serve=[sys.executable, "-c", "raise SystemExit('no GPU here')"])
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    assert "the server ended with status 1" in error
+    assert "no GPU here" in error
+    words = configure(tmp_path, GOOD, serve=["no-such-program"])
+    assert cli.main(words) == 1
+    assert "no-such-program cannot be run" in capsys.readouterr().err
+
+
+def test_a_server_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> None:
+    program = (
+        "import subprocess as s, time; print(s.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", program]
+    with (
+        pytest.raises(ServerError, match="did not answer within"),
+        serve(command, tmp_path / "log", start_timeout_s=3),
+    ):
+        pytest.fail("it cannot be up")
+    child = int((tmp_path / "log").read_text())
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(100):
+        # killed already; a busy machine takes a moment to bury it
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail(state.read_text())
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "status"),
+    [
+        (niah(200, 200), {"least": 0.98}, 0),
+        (niah(200, 200), {"least": 0.99}, 4),
+        (niah(180, 200), {"most_loss": 0.2}, 0),
+        (niah(180, 200), {"most_loss": 0.1}, 4),
+        (niah(180, 200), {"least": 0.8, "most_loss": 0.01}, 4),
+    ],
+)
+def test_thresholds_hold_the_ends_of_intervals(tmp_path: Path, own: dict, limits: dict, status: int) -> None:
+    run, base = report(tmp_path / "run", own), report(tmp_path / "base", niah(190, 200))
+    path = tmp_path / "thresholds.yaml"
+    path.write_text(json.dumps([{"task": "niah", "context_tokens": 2048, **limits}]))
+    assert cli.main(["evaluate", "check", str(run), "--thresholds", str(path), "--base", str(base)]) == status
+
+
+@pytest.mark.parametrize(("most", "status"), [(3.6, 0), (3.4, 4)])
+def test_perplexity_is_held_in_every_bin(tmp_path: Path, most: float, status: int) -> None:
+    rows = [
+        {"task": "perplexity", "context_tokens": 4096, "perplexity": p, "high": p + 0.5, "low": p}
+        for p in (2.0, 3.0)
+    ]
+    path = tmp_path / "thresholds.yaml"
+    path.write_text(json.dumps([{"task": "perplexity", "context_tokens": 4096, "most": most}]))
+    words = ["evaluate", "check", str(report(tmp_path / "run", *rows)), "--thresholds", str(path)]
+    assert cli.main(words) == status
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must be a list of thresholds with task, context_tokens, least, most_loss, most"),
+        ("[1", "which is no YAML"),
+        ("[{task: niah, context_tokens: 2048, leats: 0.9}]", "threshold 1 is {'task': 'niah'"),
+        ("[{task: niah, context_tokens: 2048}]", "threshold 1 has no limit; niah takes least and most_loss"),
+        (
+            "[{task: niah, context_tokens: 2048, most: 3}]",
+            "threshold 1 has most; niah takes least and most_loss",
+        ),
+        ("[{task: niah, context_tokens: 4k, least: 0.9}]", "context_tokens is '4k'; it must be a number"),
+        ("[{task: niah, context_tokens: 2048, least: 90}]", "least is 90; it must be a share from 0 to 1"),
+        (
+            "[{task: niah, context_tokens: 4096, least: 0.9}]",
+            "niah at 4096 tokens, which this run did not measure",
+        ),
+        ("[{task: niah, context_tokens: 2048, most_loss: 0.1}]", "give the run to compare with as --base"),
+        ("[{task: judge, least: 0.1}]", "a threshold is on judge; no scores of a judge are there"),
+    ],
+)
+def test_thresholds_that_hold_nothing_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "thresholds.yaml"
+    path.write_text(text)
+    run = report(tmp_path / "run", niah(200, 200))
+    assert cli.main(["evaluate", "check", str(run), "--thresholds", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"speed": 1}, "accepted are serve, start_timeout_s, evaluate, judge, thresholds"),
+        ({"evaluate": "--suite niah"}, "evaluate is '--suite niah', which has the wrong type"),
+        ({"evaluate": ["--questions", 10]}, "every word must be text, numbers in quotes"),
+        ({"judge": {"arguments": []}}, "has arguments; accepted are server, arguments, needed server"),
+        ({"thresholds": "none.yaml"}, "which does not exist"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_before_a_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+) -> None:
+    assert cli.main(configure(tmp_path, GOOD, **fields)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
