@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ from ic_train.evaluation.tasks import TASKS, Plan, all_numbers_in, contexts, fir
 
 TOKENIZER = build_byte_tokenizer()
 NANO = str(checkpoint_path("ic-nano"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    # models this small gain nothing from a second thread, and wait for it on a busy machine
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_model() -> ICForCausalLM:
+    config = preset("ic-nano")
+    config.num_hidden_layers = 1
+    return ICForCausalLM(config)
 
 
 def plan(**fields) -> Plan:
@@ -122,7 +138,7 @@ def test_reading_on_from_a_kept_prefix_changes_no_answer(kind: str) -> None:
         )
         model = LlamaForCausalLM(config).eval()
     else:
-        model = ICForCausalLM(preset("ic-nano")).eval()
+        model = small_model().eval()
     generator = torch.Generator().manual_seed(1)
     base = torch.randint(0, 256, (120,), generator=generator).tolist()
     prompts = [base + [1, 2, 3], base + [1, 2, 9, 9, 9], base, base[:50] + [7] * 30, base + [1, 2, 3]]
@@ -137,7 +153,7 @@ def test_reading_on_from_a_kept_prefix_changes_no_answer(kind: str) -> None:
 
 def test_token_losses_are_the_models_own() -> None:
     torch.manual_seed(0)
-    model = ICForCausalLM(preset("ic-nano")).eval()
+    model = small_model().eval()
     ids = torch.randint(0, 256, (1300,))
     losses = token_losses(model, ids)
     with torch.no_grad():
@@ -395,3 +411,33 @@ def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
 )
 def test_lengths(text: str, lengths: list[int]) -> None:
     assert parse_lengths(text) == lengths
+
+
+def test_a_later_checkpoint_of_the_same_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "evaluate",
+        str(tmp_path / "model"),
+        "--suite",
+        "niah,perplexity",
+        "--lengths",
+        "1k",
+        "--questions",
+        "3",
+    ]
+    words += ["--keys-per-context", "3", "--texts", "1", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    for seed, status in ((0, 0), (0, 0), (1, 2)):
+        torch.manual_seed(seed)
+        small_model().save_pretrained(tmp_path / "model")
+        TOKENIZER.save_pretrained(tmp_path / "model")
+        assert cli.main(words) == status
+    assert "holds a run with weights" in capsys.readouterr().err
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [(row["task"], row["model"], row["engine"]) for row in rows] == [
+        ("niah", "model", "transformers"),
+        ("perplexity", "model", "transformers"),
+    ]
+    # random weights know nothing: every byte of 264 is about as likely
+    assert 200 < rows[1]["perplexity"] < 350
+    assert len(answers(tmp_path / "out")) == 4

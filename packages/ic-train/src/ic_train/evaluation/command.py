@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import json
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ from ic_train.evaluation.run import PERPLEXITY, SUITES, Run, check_lengths, eval
 from ic_train.evaluation.tasks import Plan
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
+_FINGERPRINT_BYTES = 1_048_576
 _UNITS = {"": 1, "k": 1024, "m": 1_048_576}
 
 
@@ -181,7 +183,7 @@ async def _in_process(options: argparse.Namespace, suites: list[str], lengths: l
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths(lengths, limit, source=f"max_position_embeddings of {folder.name}")
     labels = {"model": folder.name, "engine": "transformers", "kv_dtype": options.dtype}
-    run = _run(options, suites, lengths, tokenizer, labels)
+    run = _run(options, suites, lengths, tokenizer, labels, _fingerprint(folder))
     engine = InProcess(model, tokenizer, chunk_tokens=options.chunk_tokens)
     return await evaluate(run, engine, model)
 
@@ -194,7 +196,7 @@ async def _through_server(options: argparse.Namespace, suites: list[str], length
         check_lengths(lengths, served.max_tokens, source=f"what {client.url} says of {served.name}")
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(options, served))
         labels = {"model": Path(served.name).name, "engine": served.engine, "kv_dtype": options.kv_dtype}
-        run = _run(options, suites, lengths, tokenizer, labels)
+        run = _run(options, suites, lengths, tokenizer, labels, None)
         engine = Server(client, served, tokenizer, api=options.api, concurrency=options.concurrency)
         return await evaluate(run, engine)
 
@@ -205,10 +207,14 @@ def _run(
     lengths: list[int],
     tokenizer: PreTrainedTokenizerBase,
     labels: dict[str, str],
+    weights: str | None,
 ) -> Run:
     haystack = load_haystack(options.haystack)
+    sample = json.dumps(tokenizer(haystack[:10_000], add_special_tokens=False)["input_ids"])
     settings = {
         **labels,
+        "weights": weights,
+        "tokenizer": hashlib.sha256(sample.encode()).hexdigest(),
         "api": options.api if options.server else None,
         "questions": options.questions,
         "keys_per_context": options.keys_per_context,
@@ -244,6 +250,18 @@ def _compare(options: argparse.Namespace) -> int:
         options.write.write_text(table)
     print(table, end="")
     return 0
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells a checkpoint from a later one of the same name, without reading all of it."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _checkpoint(name: str) -> Path:
