@@ -60,9 +60,13 @@ def results(folders: dict[str, Path]) -> dict[str, dict]:
     return run_cases(cases | last) | run_cases(apart)
 
 
+@pytest.fixture(scope="session")
+def expected(folders: dict[str, Path]) -> list[list[int]]:
+    return greedy(folders["base"], PROMPTS, NEW_TOKENS)
+
+
 @pytest.mark.parametrize("name", SAME_TOKENS)
-def test_greedy_tokens_equal_those_of_transformers(results, folders, name):
-    expected = greedy(folders["base"], PROMPTS, NEW_TOKENS)
+def test_greedy_tokens_equal_those_of_transformers(results, expected, name):
     assert results[name].get("error") is None
     assert results[name]["tokens"] == expected
     assert results[name]["first_round"] == expected
@@ -73,10 +77,10 @@ def test_structured_output_is_one_of_the_choices(results):
     assert set(results["choice"]["texts"]) <= {"heron", "hedgehog"}
 
 
-def test_a_lora_adapter_computes_what_the_merged_model_does(results, folders):
+def test_a_lora_adapter_computes_what_the_merged_model_does(results, folders, expected):
     assert results["lora"].get("error") is None
     assert results["lora"]["tokens"] == greedy(folders["merged"], PROMPTS, NEW_TOKENS)
-    assert results["lora"]["tokens"] != greedy(folders["base"], PROMPTS, NEW_TOKENS)
+    assert results["lora"]["tokens"] != expected
 
 
 def test_a_lora_adapter_for_the_folded_projection_is_refused_by_name(results):
