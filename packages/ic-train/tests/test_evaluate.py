@@ -311,6 +311,7 @@ def test_a_server_that_is_too_slow_is_given_up(tmp_path: Path, capsys: pytest.Ca
         (["--concurrency", "0"], "--concurrency is 0; it must be at least 1"),
         (["--timeout-s", "0"], "--timeout-s is 0.0; it must be above 0"),
         (["other"], "model is 'other'; "),
+        (["--dtype", "float32"], "--dtype is 'float32'; it has no effect with --server"),
         (
             ["--server", "localhost:8000"],
             "--server is 'localhost:8000'; it must start with http:// or https://",
@@ -336,6 +337,8 @@ def test_a_length_beyond_the_model_in_process_is_refused(
         "--lengths has 2097152; this model takes from 512 to 1048576 (max_position_embeddings of ic-nano)"
         in capsys.readouterr().err
     )
+    assert cli.main(["evaluate", "ic-nano", "--api", "chat", "--out", str(tmp_path)]) == 2
+    assert "--api is 'chat'; it has no effect without --server" in capsys.readouterr().err
     assert cli.main(["evaluate", "--out", str(tmp_path)]) == 2
     assert "MODEL is missing" in capsys.readouterr().err
 

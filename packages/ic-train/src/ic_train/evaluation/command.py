@@ -25,6 +25,8 @@ from ic_train.evaluation.run import PERPLEXITY, SUITES, Run, check_lengths, eval
 from ic_train.evaluation.tasks import Plan
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
+_IN_PROCESS = ("dtype", "device", "chunk_tokens")
+_THROUGH_SERVER = ("api", "tokenizer", "kv_dtype", "concurrency", "retries", "timeout_s")
 _FINGERPRINT_BYTES = 1_048_576
 _UNITS = {"": 1, "k": 1024, "m": 1_048_576}
 
@@ -37,10 +39,10 @@ def add_evaluate(commands: Any) -> None:
         description=(
             "Ask a model about long contexts and count the right answers. Every answer is written at once: the "
             "same call after an interruption asks only what is missing. Further commands: evaluate compare, "
-            "evaluate passkey."
+            "check, pipeline and passkey."
         ),
     )
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=lambda options: _evaluate(options, parser))
     add = parser.add_argument
     add(
         "model",
@@ -156,7 +158,8 @@ def report_server_error(error: ServerError) -> int:
     return 1
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    _refuse_idle_options(options, parser)
     suites = list(dict.fromkeys(options.suite.split(",")))
     if unknown := [name for name in suites if name not in SUITES]:
         raise ValueError(f"--suite has {unknown[0]!r}; accepted are {', '.join(SUITES)}")
@@ -171,6 +174,15 @@ def _evaluate(options: argparse.Namespace) -> int:
         return report_server_error(error)
     print(f"{table}\nwritten: {options.out / TABLE_FILE}")
     return 0
+
+
+def _refuse_idle_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse options that have no effect on this way of asking."""
+    names = _IN_PROCESS if options.server else _THROUGH_SERVER
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            option, where = name.replace("_", "-"), "with" if options.server else "without"
+            raise ValueError(f"--{option} is {getattr(options, name)!r}; it has no effect {where} --server")
 
 
 async def _in_process(options: argparse.Namespace, suites: list[str], lengths: list[int]) -> str:
