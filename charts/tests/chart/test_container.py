@@ -18,6 +18,8 @@ from podman_tools import PROGRAMS, Podman, answer_of, install_packages
 
 BASE = "localhost/ic-test-base:1"
 KEY = "a-key-of-this-test"
+# shutdownTimeoutSeconds of the values file is four times this
+REQUEST_S = 15
 GPU_IMAGE = "localhost/ic-test-gpu-image:1"
 SECRET = {"apiKey.enabled": True, "apiKey.existingSecret": "ic-api-key"}
 
@@ -207,14 +209,18 @@ def test_the_command_of_the_documentation_freezes_the_engine_and_health_says_not
 
 def test_stopping_the_pod_loses_no_running_request(podman, server, deployment):
     """The last test of the server: it is gone afterwards."""
-    tokens = 2000
+    url = f"http://{server.address}:8000"
     body = {
         "model": "infinite-context",
         "prompt": "The tide was low. " * 20,
-        "max_tokens": tokens,
+        "max_tokens": 50,
         "ignore_eos": True,
     }
-    url = f"http://{server.address}:8000"
+    start = time.monotonic()
+    assert podman.request(f"{url}/v1/completions", body, key=KEY)[0] == 200
+    # long enough to be running at the stop, and on a busy machine far shorter than the time it gets to finish
+    tokens = min(4000, max(200, int(50 * REQUEST_S / (time.monotonic() - start))))
+    body["max_tokens"] = tokens
     running = podman.start_request(f"{url}/v1/completions", body, timeout=120, key=KEY)
     deadline = time.monotonic() + 30
     while (
