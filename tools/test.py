@@ -1,7 +1,7 @@
 """Every test that needs no GPU: `hatch run test`.
 
 With arguments, they go to pytest, and nothing else runs. Without, pytest is followed by the kernels' own tiers
-(kernel_tests.py), which need processes of their own.
+(kernel_tests.py), which need processes of their own, and by Ansible's tests, which need an environment of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ def main() -> int:
     lines = []
     failed = False
     # both of them, whatever fails: one run says everything
-    for name, command in (("pytest", pytest), ("kernels", [sys.executable, str(HERE / "kernel_tests.py")])):
+    parts = (
+        ("pytest", pytest),
+        ("kernels", [sys.executable, str(HERE / "kernel_tests.py")]),
+        ("ansible", ["hatch", "run", "ansible:test"]),
+    )
+    for name, command in parts:
         start = time.monotonic()
         status = subprocess.run(command, check=False, cwd=HERE.parent).returncode
         failed |= status != 0
