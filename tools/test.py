@@ -1,7 +1,7 @@
 """Every test that needs no GPU: `hatch run test`.
 
 With arguments, they go to pytest, and nothing else runs. Without, pytest is followed by the kernels' own tiers
-(kernel_tests.py), which need processes of their own, and by Ansible's tests, which need an environment of their own.
+(kernel_tests.py), which need processes of their own, and by Ansible's, which need an environment of their own.
 """
 
 from __future__ import annotations
