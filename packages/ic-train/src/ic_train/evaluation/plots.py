@@ -34,7 +34,9 @@ def plot_passkey(rows: list[dict[str, Any]], path: Path) -> None:
     axis.imshow(cells, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
     for y, line in enumerate(counts):
         for x, count in enumerate(line):
-            axis.text(x, y, count, ha="center", va="center", fontsize=8)
+            # both ends of the scale are dark
+            colour = "white" if count and abs(cells[y][x] - 0.5) > 0.4 else "black"
+            axis.text(x, y, count, ha="center", va="center", fontsize=8, color=colour)
     axis.set_yticks(range(len(rows)), labels)
     axis.set_xticks(range(_DEPTH_BINS), [f"{10 * part}-{10 * part + 10}" for part in range(_DEPTH_BINS)])
     axis.set_xlabel("depth of the pass key in the context, %")
