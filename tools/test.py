@@ -6,6 +6,7 @@ With arguments, they go to pytest, and nothing else runs. Without, pytest is fol
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ def main() -> int:
         return subprocess.run([*pytest, *sys.argv[1:]], check=False, cwd=HERE.parent).returncode
     lines = []
     failed = False
-    # both of them, whatever fails: one run says everything
+    # all of them, whatever fails: one run says everything
     parts = (
         ("pytest", pytest),
         ("kernels", [sys.executable, str(HERE / "kernel_tests.py")]),
@@ -29,7 +30,8 @@ def main() -> int:
     )
     for name, command in parts:
         start = time.monotonic()
-        status = subprocess.run(command, check=False, cwd=HERE.parent).returncode
+        environment = {**os.environ, "IC_TRAIN_PYTHON": sys.executable}
+        status = subprocess.run(command, check=False, cwd=HERE.parent, env=environment).returncode
         failed |= status != 0
         verdict = f"failed with status {status}" if status else "passed"
         lines.append(f"{time.monotonic() - start:7.1f} s  {name}: {verdict}")
