@@ -194,9 +194,6 @@ REPLACED = {
     "warpgroup_mma": product,
     "warpgroup_mma_wait": lambda number, deps: deps[0] if len(deps) == 1 else tuple(deps),
     "fence_async_shared": lambda: None,
-    "async_copy": types.SimpleNamespace(
-        async_copy_global_to_shared=lambda shared, pointer, mask: shared.store(load(pointer, mask, 0)),
-        commit_group=lambda: None,
-        wait_group=lambda number: None,
-    ),
+    "copy_to_shared": lambda shared, pointer, mask: shared.store(load(pointer, mask, 0)),
+    "async_copy": types.SimpleNamespace(commit_group=lambda: None, wait_group=lambda number: None),
 }

@@ -23,6 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ic_model.ops.mla_decode.hopper_list import advance, segment, work_list
 
+# Triton 3.9 has renamed it, and 3.6 to 3.8 have the old name only
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 LN_2 = gl.constexpr(0.6931471805599453)
 NEG_INF = gl.constexpr(float("-inf"))
 
@@ -56,8 +59,8 @@ def _load_queries(q_ptr, q_latent, q_rope, row_block, num_rows, num_heads, strid
         # past the registers, which hold few loads at a time; what is not there becomes zero
         for part in gl.static_range(PARTS):
             numbers = pointers + part * COLUMNS + columns
-            async_copy.async_copy_global_to_shared(q_latent.index(part), numbers, there)
-        async_copy.async_copy_global_to_shared(q_rope, pointers + rope_columns, there)
+            copy_to_shared(q_latent.index(part), numbers, there)
+        copy_to_shared(q_rope, pointers + rope_columns, there)
         async_copy.commit_group()
         async_copy.wait_group(0)
     else:
