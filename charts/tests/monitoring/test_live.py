@@ -33,7 +33,8 @@ LETTERS = "".join(chr(97 + (index * index // 7) % 26) for index in range(48_000)
 @pytest.fixture(scope="module")
 def served(stack):
     """The stack after some traffic: short answers, waiting ones, a long prompt, one that is refused."""
-    assert stack.complete_many(5, tokens=60) == [200] * 5
+    # long enough for several scrapes to see them wait
+    assert stack.complete_many(5, tokens=250) == [200] * 5
     assert stack.complete(prompt="x" * 70_000) == 400
     began = time.monotonic()
     assert stack.complete(prompt=LETTERS[:3_000], tokens=1) == 200
