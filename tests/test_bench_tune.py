@@ -164,10 +164,7 @@ def test_malformed_grid(tmp_path):
         read_grids(path)
 
 
-# the trainer's settings lie beside the grids
-@pytest.mark.parametrize(
-    "path", sorted(set(GRIDS.glob("*.json")) - {GRIDS / "training.json"}), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_grids_change_what_the_op_is_launched_with(path):
     assert path.stem in OPS
     entries = launch.read_entries(launch.TUNING / path.name)

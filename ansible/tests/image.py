@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-MIRROR = os.environ.get("IC_BED_MIRROR", "http://deb.debian.org/debian")
 SUITE = "bookworm"
 # what any Debian with ssh has, and nothing that a role installs
 BARE = ["systemd", "systemd-sysv", "dbus", "iproute2", "openssh-server", "procps"]
@@ -72,6 +71,24 @@ def install_tools() -> None:
     run("apt-get", "install", "-y", "-q", "--no-install-recommends", *missing, env=environment)
 
 
+def mirror() -> str:
+    """Where this machine's own apt has Debian from; IC_BED_MIRROR names another."""
+    if named := os.environ.get("IC_BED_MIRROR"):
+        return named
+    listed = run(
+        "apt-get",
+        "indextargets",
+        "--format",
+        "$(SITE)",
+        "Created-By: Packages",
+        f"Codename: {SUITE}",
+        "Component: main",
+    ).stdout.split()
+    if not listed:
+        raise BedError(f"this machine's apt has no {SUITE} main: set IC_BED_MIRROR to a mirror of Debian")
+    return listed[0]
+
+
 def build(folder: Path) -> Path:
     """The base system in `folder`/root and the packages in `folder`/debian; made once, or found there."""
     root, packages, done = folder / "root", folder / "debian", folder / "done"
@@ -87,7 +104,7 @@ def build(folder: Path) -> Path:
         "--include=python3,python3-apt,ca-certificates",
         SUITE,
         root,
-        MIRROR,
+        mirror(),
     )
     _write_apt(root)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")

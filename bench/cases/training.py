@@ -6,9 +6,10 @@
     python -m bench.cases.training --model ic-nano --toy            # two steps on the CPU: shows that it works
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
-random weights and real text, with settings from `training.json`. The first window of steps is left out. MFU is
-what `ic_train.metrics` counts: three times the forward pass, attention with its causal half, no recomputation,
-over the dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over the windows that count.
+random weights and real text, with settings from `settings/training.json`. The first window of steps is left out.
+MFU is what `ic_train.metrics` counts: three times the forward pass, attention with its causal half, no
+recomputation, over the dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over the windows that
+count.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ic_train.evaluation import haystack
 from ic_train.results import new_result_folder, write_result
 
 ROOT = Path(__file__).parent.parent.parent
-SETTINGS = json.loads(Path(__file__).with_suffix(".json").read_text())
+SETTINGS = json.loads((Path(__file__).parent / "settings" / "training.json").read_text())
 LAUNCHERS = ROOT / "packages" / "ic-train" / "accelerate"
 # the most important first: a time limit cuts the end
 LENGTHS = (8192, 131072, 32768, 4096)

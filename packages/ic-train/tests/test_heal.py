@@ -104,12 +104,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
 def test_a_time_limit_ends_the_run_and_the_learning_rate_with_it(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    more = ("--max_seconds", "3", "--max_steps", "100000", "--save_strategy", "no", "--warmup_steps", "0")
+    more = ("--max_seconds", "10", "--max_steps", "100000", "--save_strategy", "no", "--warmup_steps", "0")
     heal.main(arguments_of(folders, tmp_path / "out", *more))
     steps = steps_of(tmp_path / "out")
     assert 1 < len(steps) < 100_000
     rates = [step["learning_rate"] for step in steps]
-    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.6 * rates[0]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
     assert json.loads((tmp_path / "out" / heal.RECORD_FILE).read_text())["wall_s"] < 30
 
 
