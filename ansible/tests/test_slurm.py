@@ -252,6 +252,8 @@ def test_verify_runs_jobs_and_fails_when_a_gpu_is_missing(cluster, bed, play):
 
 def test_backup_and_restore_bring_a_lost_queue_back(cluster, bed, play, scratch):
     job = submit(bed, "true\n", "--hold", "--job-name=precious")
+    # on a busy machine slurmctld takes longer than the seconds for which the role waits
+    until(bed, "c1", "grep -c precious /var/lib/slurm/slurmctld/job_state", "1")
     backup = scratch / "before"
     play("backup", GROUPS, VARIABLES, "-e", f"ic_backup={backup}")
     assert sorted(path.name for path in (backup / "slurm").iterdir()) == ["accounts.sql.gz", "controller.tgz"]
