@@ -13,7 +13,7 @@ from training_runs import make_toys
 
 def test_a_toy_case_runs_through_the_trainer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     toys = make_toys(tmp_path)
-    words = ["--toy", "--model", str(toys["model"]), "--corpus", str(toys["corpus"])]
+    words = ["--toy", "--model", str(toys["model"]), "--corpus", str(toys["corpora"])]
     assert training.main([*words, "--implementations", "ours", "--results", str(tmp_path / "results")]) == 0
     said = capfd.readouterr().out
     assert "tokens/s" in said and f"{training.TOY_LENGTHS[0]:,}" in said

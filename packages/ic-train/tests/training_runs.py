@@ -21,7 +21,7 @@ from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_train.data.text import write_corpus
 
 PACKAGE = Path(__file__).parent.parent
-RECIPE = Path(__file__).parent / "recipes" / "text.yaml"
+RECIPES = Path(__file__).parent / "recipes"
 WORKER = Path(__file__).parent / "training_worker.py"
 FSDP_ON_CPU = PACKAGE / "accelerate" / "cpu.yaml"
 # text that does not change: committed values depend on it
@@ -30,11 +30,12 @@ WORDS = (PACKAGE / "LICENSE").read_text().split()
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `ic_train.sft`: its output folder's name, and flags after the toy recipe's."""
+    """One run: its output folder's name, flags after the toy recipe's, and which trainer, "sft" or "dpo"."""
 
     name: str
     flags: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    module: str = "sft"
 
 
 def toy_config(**changes: Any) -> ICConfig:
@@ -72,12 +73,13 @@ def make_toys(root: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     ICForCausalLM(toy_config()).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    return {"model": root / "model", "corpus": root / "corpus", "runs": root / "runs"}
+    return {"model": root / "model", "corpora": root / "corpus", "runs": root / "runs"}
 
 
 def flags_of(toys: dict[str, Path], run: Run) -> list[str]:
+    recipe, name = {"sft": ("text.yaml", "corpora"), "dpo": ("dpo.yaml", "preferences")}[run.module]
     return [
-        *("--config", str(RECIPE), "--model", str(toys["model"]), "--corpora", str(toys["corpus"])),
+        *("--config", str(RECIPES / recipe), "--model", str(toys["model"]), f"--{name}", str(toys[name])),
         *("--output_dir", str(toys["runs"] / run.name), *run.flags),
     ]
 

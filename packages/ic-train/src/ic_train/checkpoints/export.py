@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ic_train.checkpoints.folders import COMPLETE
 from ic_train.long_context.arguments import LongContextModelArguments
 from ic_train.long_context.models import add_adapters, build_model, save_model
-from ic_train.long_context.run import RUN_FILE
+from ic_train.runs import RUN_FILE
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -204,10 +204,19 @@ def check_training(
             f"cross_document_attention is false; attn_implementation must then be {MLA_PREFILL!r}, not "
             f"{model.attn_implementation!r}, which would need a mask of tokens_per_sequence squared"
         )
-    _check_optimiser(str(getattr(training.optim, "value", training.optim)), sharded=sharded)
+    check_optimiser(str(getattr(training.optim, "value", training.optim)), sharded=sharded)
 
 
-def _check_optimiser(optimiser: str, *, sharded: bool) -> None:
+def check_optimiser(optimiser: str, *, sharded: bool) -> None:
+    """Refuse an optimiser that is not installed, or cannot be sharded.
+
+    Args:
+        optimiser: transformers' name of it.
+        sharded: whether FSDP was asked for.
+
+    Raises:
+        ValueError: says what is missing.
+    """
     of_torchao = optimiser.endswith(("torch_8bit", "torch_4bit"))
     of_bitsandbytes = ("8bit" in optimiser and not of_torchao) or "paged" in optimiser
     if sharded and of_bitsandbytes:

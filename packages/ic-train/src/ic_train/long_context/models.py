@@ -59,21 +59,26 @@ def add_adapters(model: ICForCausalLM, arguments: LongContextModelArguments) -> 
     """
     if not arguments.lora_rank:
         return model
-    peft = import_module("peft")
+    return import_module("peft").get_peft_model(model, lora_config(model, arguments))
+
+
+def lora_config(model: ICForCausalLM, arguments: LongContextModelArguments) -> Any:
+    """PEFT's description of the adapters.
+
+    Raises:
+        ValueError: no projection of the model is among the target modules.
+    """
     names = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     targets = [name for name in arguments.lora_target_modules if name in names]
     if not targets:
         raise ValueError(
             f"lora_target_modules is {arguments.lora_target_modules}; the model has {sorted(names)}"
         )
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=arguments.lora_rank,
-            lora_alpha=arguments.lora_alpha,
-            target_modules=targets,
-            task_type="CAUSAL_LM",
-        ),
+    return import_module("peft").LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
     )
 
 

@@ -5,28 +5,22 @@ accelerate launch --config_file FSDP.yaml -m ic_train.sft --config RECIPE.yaml
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import sys
 import time
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import TrainingArguments, set_seed
 from trl import TrlParser
 
-from ic_train.checkpoints import CheckpointWriter, resolve_resume
-from ic_train.checkpoints.folders import read_record, remove_old
+from ic_train.checkpoints import CheckpointWriter
 from ic_train.context_parallel import RING, Ring, register_attention
 from ic_train.distributed import (
     allow_fsdp_on_cpu,
     cpu_group,
-    from_first_process,
     fsdp_was_asked_for,
     rank,
     ring_groups,
@@ -41,14 +35,14 @@ from ic_train.long_context.arguments import (
     check_training,
 )
 from ic_train.long_context.documents import PackedDocuments, open_corpora
-from ic_train.long_context.models import add_adapters, build_model, described, save_model
+from ic_train.long_context.models import add_adapters, build_model, described
 from ic_train.preemption import StopOnSignal
-from ic_train.results import commit, device_name, versions
+from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
 from ic_train.tracking import LocalMetrics, guard_trackers, prepare_trackers
 from ic_train.trainers.linear_loss import add_loss_head, choose_loss
-from ic_train.trainers.long_context import LongContextTrainer, NonFiniteLossError
+from ic_train.trainers.long_context import LongContextTrainer
+from ic_train.trainers.restartable import NonFiniteLossError
 
-RECORD_FILE, RUN_FILE = "training.json", "run.json"
 logger = logging.getLogger(__name__)
 
 
@@ -102,7 +96,7 @@ def train(recipe: Recipe) -> LongContextTrainer:
     model = _model(recipe)
     data = _data(recipe, model.config)
     record = _record(recipe, data)
-    resume = _resume(recipe, record, group)
+    resume = resume_point(recipe.run.resume, args.output_dir, record["identity"], group)
     kind = choose_loss(recipe.model.linear_loss, args.device)
     config = model.config
     prepared = add_adapters(add_loss_head(model, kind), recipe.model)
@@ -134,9 +128,8 @@ def train(recipe: Recipe) -> LongContextTrainer:
         if rank() == 0:
             stop.mark(args.output_dir)
     elif recipe.run.save_final_model:
-        problem = from_first_process(_save(trainer, recipe, record), group)
-        if problem:
-            raise ValueError(problem)
+        record["tokens"] = trainer.state.global_step * record["identity"]["tokens_per_step"]
+        save_final_model(trainer, recipe.model, record, group)
     # a process that leaves while the others still write takes their connections with it
     trainer.accelerator.wait_for_everyone()
     return trainer
@@ -188,23 +181,9 @@ def _record(recipe: Recipe, data: PackedDocuments) -> dict[str, Any]:
         "seed": recipe.training.seed,
     }
     return {
-        "command": " ".join(["accelerate launch -m ic_train.sft", *sys.argv[1:]]),
-        "identity": identity,
-        "processes": world_size(),
+        **run_record("ic_train.sft", identity),
         "context_parallel_size": recipe.run.context_parallel_size,
-        "sharded": fsdp_was_asked_for(),
-        "gpu": device_name(),
-        "versions": _versions(),
-        "commit": commit()[0],
     }
-
-
-def _versions() -> dict[str, str]:
-    found = versions()
-    for name in ("accelerate", "trl", "liger-kernel"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def _facts(record: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -220,66 +199,3 @@ def _facts(record: dict[str, Any], kind: str) -> dict[str, Any]:
         **{f"packing_{name}": value for name, value in identity["packing"].items()},
         **{f"version_{name}": value for name, value in record["versions"].items()},
     }
-
-
-def _resume(recipe: Recipe, record: dict[str, Any], group: Any) -> Path | None:
-    """The checkpoint to go on from; all ranks take the first one's."""
-    found: Any = None
-    try:
-        if rank() == 0:
-            Path(recipe.training.output_dir).mkdir(parents=True, exist_ok=True)
-            found = resolve_resume(recipe.run.resume, recipe.training.output_dir)
-            remove_old(recipe.training.output_dir, None)
-    except (ValueError, OSError) as error:
-        found = str(error)
-    found = from_first_process(found, group)
-    if isinstance(found, str):
-        raise ValueError(found)
-    if found is not None:
-        _check_same_run(read_record(found), record["identity"], found)
-        if rank() == 0:
-            logger.warning("resuming from %s", found)
-    return found
-
-
-def _check_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    for name, value in now.items():
-        before = saved.get(name)
-        # compared as JSON has them
-        if json.loads(json.dumps(value)) != before:
-            hint = ""
-            if name in ("sequences_per_step", "tokens_per_step"):
-                hint = (
-                    ": with another number of processes, change gradient_accumulation_steps or "
-                    "per_device_train_batch_size to match"
-                )
-            raise ValueError(f"{name} is {value}; {folder} was saved with {before}{hint}")
-
-
-def _save(trainer: LongContextTrainer, recipe: Recipe, record: dict[str, Any]) -> str | None:
-    """Write the model in bfloat16 and how it came to be; what went wrong. All ranks call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(trainer.model_wrapped, options=options)
-    if rank() != 0:
-        return None
-    folder = Path(trainer.args.output_dir)
-    record |= {
-        "tokens": trainer.state.global_step * record["identity"]["tokens_per_step"],
-        "optimizer": {
-            name: str(getattr(trainer.args, name))
-            for name in ("optim", "learning_rate", "weight_decay", "adam_beta2", "lr_scheduler_type")
-        },
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
-        "failed_saves": trainer.writer.failed_steps,
-        "log": trainer.state.log_history,
-    }
-    try:
-        save_model(folder, recipe.model, weights)
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n")
-    except (OSError, SafetensorError) as error:
-        return (
-            f"{folder} cannot be written: {error}; make room, and make the model of the last checkpoint: "
-            "`python -m ic_train.checkpoints.export CHECKPOINT FOLDER`"
-        )
-    logger.warning("saved %s after %.0f s and %d tokens", folder, record["wall_s"], record["tokens"])
-    return None

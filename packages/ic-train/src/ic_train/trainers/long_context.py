@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,23 +10,17 @@ from ic_model import ICConfig
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
-from ic_train.checkpoints.saving import CheckpointWriter, load_checkpoint, restore_rng
+from ic_train.checkpoints.saving import CheckpointWriter
 from ic_train.context_parallel import SequenceLayout
-from ic_train.distributed import any_process
 from ic_train.metrics import UtilisationSampler, peak_tflops, training_flop
 from ic_train.trainers.linear_loss import IGNORED
+from ic_train.trainers.restartable import Restartable
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient is no number; nothing was saved since both were."""
-
-
-class LongContextTrainer(Trainer):
+class LongContextTrainer(Restartable, Trainer):
     """Trains on `PackedDocuments`.
 
     The loss is the mean over all labelled tokens of an optimiser step, on all ranks and in all accumulated
@@ -77,30 +68,22 @@ class LongContextTrainer(Trainer):
         self.config = config
         self.tokens_per_sequence = tokens_per_sequence
         self.parts = parts
-        self.group = group
-        self.writer = writer
-        self.record = record
-        self.files = files
+        self.keep_whole(group=group, writer=writer, record=record, files=files)
         # says that the loss is scaled by the number of labels in the whole step
         self.model_accepts_loss_kwargs = True
         self.utilisation = UtilisationSampler()
         self.seen_tokens = 0
         self._flop = 0.0
         self._clock = (time.perf_counter(), 0, 0.0)
-        self._not_finite: torch.Tensor | None = None
-        self._last_finite_step = 0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; what is being saved is whole when this returns."""
+        """Train, and measure how busy the GPU is; see Restartable."""
         self.utilisation.start()
         self._clock = (time.perf_counter(), self.seen_tokens, self._flop)
         try:
-            result = super().train(*args, **kwargs)
-            self._stop_on_nonfinite()
+            return super().train(*args, **kwargs)
         finally:
             self.utilisation.stop()
-        self.writer.finish()
-        return result
 
     def compute_loss(
         self,
@@ -121,7 +104,7 @@ class LongContextTrainer(Trainer):
             layout=layout,
         )
         assert num_items_in_batch is not None, "the trainer counts labels"
-        self._note_if_not_finite(total.detach())
+        self.note_if_not_finite(total.detach())
         self._count(inputs["input_ids"], layout)
         loss = total * self.accelerator.num_processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
@@ -129,7 +112,6 @@ class LongContextTrainer(Trainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log, with speed, MFU, utilisation and peak memory of all ranks since the last line."""
         if "loss" in logs:
-            self._stop_on_nonfinite()
             logs.update(self._speed())
         super().log(logs, *args, **kwargs)
 
@@ -143,37 +125,6 @@ class LongContextTrainer(Trainer):
         labels = torch.stack(counts).sum().to(device)
         # a step whose documents have no label at all trains nothing, rather than dividing by zero
         return self.accelerator.gather(labels).sum().clamp_min(1)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._stop_on_nonfinite()
-        self.state.stateful_callbacks["TrainerControl"] = self.control.state()
-        state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
-        self.writer.save(
-            self.state.global_step,
-            self.model_wrapped,
-            _plain(self.optimizer),
-            self.lr_scheduler,
-            {**self.files, TRAINER_STATE_NAME: state},
-            self.record,
-        )
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm; one that is no number means weights that will be none, though the loss still was one."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(norm, torch.Tensor):
-            self._note_if_not_finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        return norm
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: weights come with the optimiser's states, once the model is sharded."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_checkpoint(Path(checkpoint), self.model_wrapped, _plain(self.optimizer), self.lr_scheduler)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_rng(Path(checkpoint))
 
     def _count(self, input_ids: torch.Tensor, layout: SequenceLayout) -> None:
         tokens = input_ids.numel()
@@ -210,23 +161,6 @@ class LongContextTrainer(Trainer):
             speed["gpu_util"] = round(utilised / processes, 4)
         return speed
 
-    def _note_if_not_finite(self, value: torch.Tensor) -> None:
-        # stays on the device: reading it here would make every step wait for the GPU
-        bad = ~torch.isfinite(value)
-        self._not_finite = bad if self._not_finite is None else self._not_finite | bad
-
-    def _stop_on_nonfinite(self) -> None:
-        """Raise on all ranks where the loss of any is no number."""
-        bad = self._not_finite is not None and bool(self._not_finite)
-        if any_process(bad, self.group):
-            self.writer.finish()
-            raise NonFiniteLossError(
-                "the loss or its gradient became infinite or no number after step "
-                f"{self._last_finite_step}, at or before step {self.state.global_step}; nothing was saved since. "
-                "Resume from the last checkpoint with a lower learning_rate or max_grad_norm, or another seed"
-            )
-        self._last_finite_step = self.state.global_step
-
 
 def keep_sums_in_float32(state: Any) -> None:
     """Have FSDP2 compute in bfloat16, but add gradients over ranks, and return the loss, in float32.
@@ -251,8 +185,3 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     starts = [item["document_starts"] for item in items]
     batch["document_starts"] = None if starts[0] is None else starts
     return batch
-
-
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,127 @@
+"""Whole checkpoints in the background, exact resume, and an end where the loss is no number: for any trainer.
+
+transformers' own checkpoints are written while training waits, hold a folder that a crash leaves half written, and
+cannot be read by another number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ic_train.checkpoints.saving import CheckpointWriter, load_checkpoint, restore_rng
+from ic_train.distributed import any_process
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is no number; nothing was saved since both were."""
+
+
+class Restartable(_Base):
+    """Stands before a Trainer in a class's bases; `keep_whole` is called once that one is made."""
+
+    group: Any
+    writer: CheckpointWriter
+    record: dict[str, Any]
+    files: dict[str, str]
+    _not_finite: torch.Tensor | None = None
+    _last_finite_step = 0
+
+    def keep_whole(
+        self, *, group: Any, writer: CheckpointWriter, record: dict[str, Any], files: dict[str, str]
+    ) -> None:
+        """Say where checkpoints go.
+
+        Args:
+            group: process group for tensors on the CPU, for what the ranks agree on; None for one process alone.
+            writer: of checkpoints.
+            record: what every checkpoint says of the run.
+            files: that every checkpoint has beside the state, by name.
+        """
+        self.group = group
+        self.writer = writer
+        self.record = record
+        self.files = files
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; what is being saved is whole when this returns.
+
+        Raises:
+            NonFiniteLossError: the loss or its gradient became no number.
+        """
+        result = super().train(*args, **kwargs)
+        self._stop_on_nonfinite()
+        self.writer.finish()
+        return result
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log, unless there is nothing left to train."""
+        if "loss" in logs:
+            self._stop_on_nonfinite()
+        super().log(logs, *args, **kwargs)
+
+    def note_if_not_finite(self, value: torch.Tensor) -> None:
+        """Remember a loss that is no number, for the next line of the log or the next save."""
+        # stays on the device: reading it here would make every step wait for the GPU
+        bad = ~torch.isfinite(value)
+        self._not_finite = bad if self._not_finite is None else self._not_finite | bad
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._stop_on_nonfinite()
+        self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+        state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
+        self.writer.save(
+            self.state.global_step,
+            self.model_wrapped,
+            _plain(self.optimizer),
+            self.lr_scheduler,
+            {**self.files, TRAINER_STATE_NAME: state},
+            self.record,
+        )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm; one that is no number means weights that will be none, though the loss still was one."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, torch.Tensor):
+            self.note_if_not_finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: weights come with the optimiser's states, once the model is sharded."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_checkpoint(Path(checkpoint), self.model_wrapped, _plain(self.optimizer), self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_rng(Path(checkpoint))
+
+    def _stop_on_nonfinite(self) -> None:
+        """Raise on all ranks where the loss of any is no number."""
+        bad = self._not_finite is not None and bool(self._not_finite)
+        if any_process(bad, self.group):
+            self.writer.finish()
+            raise NonFiniteLossError(
+                "the loss or its gradient became infinite or no number after step "
+                f"{self._last_finite_step}, at or before step {self.state.global_step}; nothing was saved since. "
+                "Resume from the last checkpoint with a lower learning_rate or max_grad_norm, or another seed"
+            )
+        self._last_finite_step = self.state.global_step
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
