@@ -304,7 +304,7 @@ def test_a_server_that_is_too_slow_is_given_up(tmp_path: Path, capsys: pytest.Ca
         (["--lengths", "4x"], "--lengths has '4x'; give numbers of tokens"),
         (
             ["--suite", "niah,ruler"],
-            "--suite has 'ruler'; accepted are passkey, niah, multivalue, perplexity",
+            "--suite has 'ruler'; accepted are passkey, niah, multivalue, distractors, ",
         ),
         (["--suite", "perplexity"], "--suite has perplexity, which is measured in process"),
         (["--questions", "0"], "--questions is 0; it must be at least 1"),

@@ -1,4 +1,4 @@
-"""`ic-train data`: corpora from local files."""
+"""`ic-train data`: corpora from local files, and preference pairs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ic_train.data.text import SUFFIXES, write_corpus
+from ic_train.preferences.command import add_data_preferences
 
 
 def add_data(commands: Any) -> None:
     """Add the command to argparse's sub-commands."""
     parser = commands.add_parser("data", help="make training data")
     kinds = parser.add_subparsers(required=True, metavar="KIND")
+    add_data_preferences(kinds)
     text = kinds.add_parser(
         "text",
         help="tokenise and pack text files into a memory-mapped corpus",

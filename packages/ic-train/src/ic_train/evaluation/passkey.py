@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +60,54 @@ def make_document(
         raise ValueError(
             f"context_tokens is {context_tokens}; {num_keys} pass keys alone need {needle_tokens} tokens"
         )
-    text = text_of(haystack[start:] + haystack[:start], tokenizer, context_tokens - needle_tokens)
+    text = text_of(haystack, tokenizer, context_tokens - needle_tokens, start=start)
     hidden, pass_keys = hide_pass_keys(text, num_keys, seed)
-    ids = tokenizer(hidden, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
-    return Document(token_ids=ids, pass_keys=pass_keys)
+    return Document(token_ids=torch.tensor(_ids(tokenizer, hidden)), pass_keys=pass_keys)
+
+
+def hide_passages(
+    haystack: str,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[str],
+    *,
+    before: str = "",
+    context_tokens: int,
+    seed: int,
+) -> tuple[list[int], list[float]]:
+    """Cut a haystack to length and hide passages in it, one in each of as many equal parts.
+
+    Args:
+        haystack: text; repeated where it is too short. Special tokens that it spells out stay text.
+        tokenizer: the model's.
+        passages: in order of depth; an empty one leaves its part as it is.
+        before: precedes the text; special tokens that it spells out are special tokens.
+        context_tokens: most tokens of the result; a tokenizer that joins words over a passage's ends may leave
+            a few unused.
+        seed: of the place in the haystack, and of the passages' places in their parts.
+
+    Returns:
+        token ids, and the depth of each passage in the text.
+
+    Raises:
+        ValueError: the passages alone are longer than the context.
+    """
+    start = int(np.random.default_rng(seed).integers(len(haystack)))
+    first_ids = tokenizer(before, add_special_tokens=False, verbose=False)["input_ids"]
+    fixed_tokens = len(first_ids) + sum(_token_count(tokenizer, passage) for passage in passages)
+    room = context_tokens - fixed_tokens
+    while room >= len(passages):
+        text = text_of(haystack, tokenizer, room, start=start)
+        hidden, places = hide_pass_keys(text, len(passages), seed)
+        for place, passage in zip(places, passages, strict=True):
+            hidden = hidden.replace(place.needle, passage, 1)
+        token_ids = [*first_ids, *_ids(tokenizer, hidden)]
+        if len(token_ids) <= context_tokens:
+            return token_ids, [place.depth for place in places]
+        room -= len(token_ids) - context_tokens
+    raise ValueError(
+        f"context_tokens is {context_tokens}; the {len(passages)} passages alone need "
+        f"{fixed_tokens + len(passages)} tokens"
+    )
 
 
 def evaluate_passkey(
@@ -139,28 +183,43 @@ def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # a haystack about language models spells out their end of text
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return ids["input_ids"]
+
+
 def _token_count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return len(_ids(tokenizer, text))
 
 
-def text_of(haystack: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
-    """The start of the endlessly repeated haystack that has `tokens` tokens.
+def text_of(haystack: str, tokenizer: PreTrainedTokenizerBase, tokens: int, *, start: int = 0) -> str:
+    """The part of the endlessly repeated haystack that has `tokens` tokens.
 
     Args:
         haystack: text, not empty.
         tokenizer: the model's.
         tokens: length of the result.
+        start: character of the haystack that the part starts with.
     """
-    sample = haystack[:10_000]
+    sample = _stretch(haystack, start, min(10_000, len(haystack)))
     tokens_per_character = _token_count(tokenizer, sample) / len(sample)
     characters = int(tokens / tokens_per_character * 1.1) + 1_000
     while True:
-        text = (haystack * (1 + characters // len(haystack)))[:characters]
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        text = _stretch(haystack, start, characters)
+        ids = _ids(tokenizer, text)
         if len(ids) >= tokens:
             # a cut through a character decodes to replacement characters: better a token short than garbage
             return tokenizer.decode(ids[:tokens]).rstrip("\ufffd")
         characters *= 2
+
+
+def _stretch(haystack: str, start: int, characters: int) -> str:
+    """Characters of the endlessly repeated haystack; only they are copied."""
+    pieces = [haystack[start : start + characters]]
+    missing = characters - len(pieces[0])
+    pieces += [haystack] * (missing // len(haystack)) + [haystack[: missing % len(haystack)]]
+    return "".join(pieces)
 
 
 def _wait_for(device: torch.device) -> None:

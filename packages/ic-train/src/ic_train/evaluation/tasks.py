@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ic_train.evaluation.hard_sets import build_context
 from ic_train.evaluation.passkey import make_document
+from ic_train.evaluation.wordings import Wording, wording_for
 
 # room for a question and its answer in any tokenizer
 SPARE_TOKENS = 160
@@ -30,6 +32,11 @@ _QUESTION = "\nWhat is the pass key? The pass key is"
 _LARGEST_NUMBER = 50_000
 
 _VALUES_QUESTION = "\nQuestion: all {count} pass keys for {key}? Answer: The pass keys for {key} are"
+# how answers say that a document does not hold what was asked for
+_ABSENCE = re.compile(
+    r"\b(?:not|no|none|never|nothing|nowhere|absent|missing|unknown|cannot|unable|without)\b|n['\u2019]t\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +73,12 @@ class Plan:
     """How contexts are made.
 
     Args:
-        haystack: text that `niah` and `multivalue` hide their keys in.
+        haystack: text that keys are hidden in; `passkey` has its own.
         tokenizer: the model's.
         num_questions: per task and length.
         keys_per_context: questions that share a context, in the tasks that hide several keys.
         seed: of texts, keys and depths.
+        wording: of `distractors`, `corrections` and `absent`; None for what suits the tokenizer.
     """
 
     haystack: str
@@ -78,6 +86,7 @@ class Plan:
     num_questions: int
     keys_per_context: int
     seed: int
+    wording: Wording | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +201,41 @@ def _multivalue(plan: Plan, tokens: int, number: int, names: list[str]) -> Conte
     return Context(token_ids=token_ids, questions=questions)
 
 
+def _hard(kind: str) -> Callable[[Plan, int, int, list[str]], Context]:
+    """The builder of a task whose facts are hard to tell apart."""
+
+    def build(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
+        wording = plan.wording or wording_for(plan.tokenizer)
+        # a question with instructions inside of a chat template may be longer than the spare tokens
+        longer = max(0, wording.reserved_tokens(plan.tokenizer) - SPARE_TOKENS)
+        made = build_context(
+            kind,
+            plan.haystack,
+            plan.tokenizer,
+            wording,
+            context_tokens=tokens - longer,
+            count=plan.keys_per_context,
+            seed=plan.seed,
+            number=number,
+            held_out=True,
+        )
+        questions = [
+            _question(
+                name,
+                wording.question.format(key=asked.key),
+                (asked.fact.value,) if asked.fact else (wording.no_answer.strip(),),
+                made.depth(asked),
+                # what an answer is right by, or what is no reason for one
+                "\n".join(fact.sentence.strip() for fact in ([asked.fact] if asked.fact else asked.others)),
+                wording.answer_tokens,
+            )
+            for name, asked in zip(names, made.asked, strict=False)
+        ]
+        return Context(token_ids=made.token_ids, questions=questions)
+
+    return build
+
+
 def first_number_is(answer: str, expected: tuple[str, ...]) -> bool:
     """Whether the first whole number of an answer is the expected one."""
     match = re.search(r"\d+", answer)
@@ -203,12 +247,25 @@ def all_numbers_in(answer: str, expected: tuple[str, ...]) -> bool:
     return set(expected) <= set(re.findall(r"\d+", answer))
 
 
+def states_absence(answer: str) -> bool:
+    """Whether an answer says that the document does not hold what was asked for."""
+    return bool(_ABSENCE.search(answer))
+
+
+def only_states_absence(answer: str, expected: tuple[str, ...]) -> bool:
+    """Whether an answer states absence and gives no number, of the document or another one."""
+    return states_absence(answer) and not re.search(r"\d", answer)
+
+
 TASKS = {
     task.name: task
     for task in (
         Task(name="passkey", build=_passkey, score=first_number_is, shares_context=False),
         Task(name="niah", build=_niah, score=first_number_is),
         Task(name="multivalue", build=_multivalue, score=all_numbers_in),
+        Task(name="distractors", build=_hard("distractors"), score=first_number_is),
+        Task(name="corrections", build=_hard("corrections"), score=first_number_is),
+        Task(name="absent", build=_hard("absent"), score=only_states_absence),
     )
 }
 

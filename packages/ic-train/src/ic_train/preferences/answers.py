@@ -1,0 +1,92 @@
+"""Right answers with their quotes, and the wrong ones that models really give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from ic_train.data.passkey import random_digits
+from ic_train.evaluation.hard_sets import Asked, Fact
+from ic_train.evaluation.tasks import states_absence
+from ic_train.evaluation.wordings import Wording
+
+# faults of made answers, by kind; a list is gone through in turn, so the likeliest fault of a kind stands twice
+FAULTS: Mapping[str, tuple[str, ...]] = {
+    "single": ("refused", "truncated", "invented"),
+    "multi": ("distractor", "refused", "truncated", "invented"),
+    "distractors": ("distractor", "refused", "distractor", "truncated", "distractor", "invented"),
+    "corrections": ("outdated", "refused", "outdated", "truncated", "outdated", "distractor"),
+    "absent": ("distractor", "invented"),
+}
+
+
+def right_answer(asked: Asked, wording: Wording) -> str:
+    """The value that counts with the sentence that states it, or that there is none."""
+    if asked.fact is None:
+        return wording.no_answer
+    return _stating(asked.fact, wording)
+
+
+def wrong_answer(asked: Asked, wording: Wording, fault: str, rng: np.random.Generator) -> str:
+    """An answer with a fault, in the form of a right one, so that form says nothing.
+
+    Args:
+        asked: what it is about.
+        wording: of the answer.
+        fault: one of FAULTS of the context's kind.
+        rng: of invented numbers, and of the distractor.
+    """
+    if fault == "refused":
+        return wording.no_answer
+    if fault == "distractor":
+        return _stating(asked.others[int(rng.integers(len(asked.others)))], wording)
+    if fault == "outdated":
+        assert asked.outdated is not None, "only a corrected fact has an outdated value"
+        return _stating(asked.outdated, wording)
+    known = {fact.value for fact in asked.facts}
+    if fault == "truncated":
+        assert asked.fact is not None, "what is not there cannot be truncated"
+        value = asked.fact.value[: int(rng.integers(2, len(asked.fact.value)))]
+    else:
+        assert fault == "invented", fault
+        while (value := random_digits(rng)) in known or value[0] == "0":
+            pass
+    if asked.fact is None:
+        sentence = wording.needle.format(key=asked.key, digits=value)
+    else:
+        sentence = asked.fact.sentence.replace(asked.fact.value, value)
+    return wording.answer.format(digits=value, quote=sentence.strip())
+
+
+def fault_of(answer: str, asked: Asked, elsewhere: Mapping[str, Fact]) -> str | None:
+    """What is wrong with a model's answer; None where it is right, or not surely wrong.
+
+    Args:
+        answer: the model's.
+        asked: what it is about.
+        elsewhere: all facts of the context, by value.
+    """
+    numbers = re.findall(r"\d+", answer)
+    if asked.fact is None:
+        # a number beside "not in the document" may be meant as an example
+        if not numbers or states_absence(answer):
+            return None
+    elif asked.fact.value in numbers:
+        # the right value behind another one may be an explanation
+        return None
+    if not numbers:
+        return "refused" if states_absence(answer) else "no number"
+    value = numbers[0]
+    if asked.outdated and value == asked.outdated.value:
+        return "outdated"
+    if value in elsewhere:
+        return "distractor"
+    if asked.fact and asked.fact.value.startswith(value):
+        return "truncated"
+    return "invented"
+
+
+def _stating(fact: Fact, wording: Wording) -> str:
+    return wording.answer.format(digits=fact.value, quote=fact.sentence.strip())

@@ -1,0 +1,314 @@
+"""Make preference pairs: contexts with their questions, a right answer each, and a wrong one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ic_train.evaluation.engines import Engine
+from ic_train.evaluation.hard_sets import KINDS, Asked, Fact, HardContext, build_context, short_context
+from ic_train.evaluation.records import hold_settings
+from ic_train.evaluation.tasks import Context, Question
+from ic_train.evaluation.wordings import LONGEST_NAME, Wording
+from ic_train.preferences.answers import FAULTS, fault_of, right_answer, wrong_answer
+from ic_train.preferences.store import Writer, write_record
+
+# names and numbers of other contexts may take more tokens than those that lengths are reckoned with
+_MARGIN_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairPlan:
+    """What pairs are made.
+
+    Args:
+        kinds: names out of KINDS.
+        lengths_tokens: of prompts with their longer answer.
+        short_tokens: of short prompts with their longer answer.
+        pairs: per kind and length.
+        pairs_per_context: pairs that share a context; "single" has one each.
+        seed: of names, values, places and texts.
+        haystack: text that hides the facts.
+        tokenizer: the model's.
+        wording: of facts, questions and answers.
+    """
+
+    kinds: tuple[str, ...]
+    lengths_tokens: tuple[int, ...]
+    short_tokens: int
+    pairs: int
+    pairs_per_context: int
+    seed: int
+    haystack: str
+    tokenizer: PreTrainedTokenizerBase
+    wording: Wording
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides every pair, as JSON."""
+        sample = self.tokenizer(self.haystack[:10_000], add_special_tokens=False)["input_ids"]
+        return {
+            "kinds": list(self.kinds),
+            "lengths_tokens": list(self.lengths_tokens),
+            "short_tokens": self.short_tokens,
+            "pairs_per_kind_and_length": self.pairs,
+            "pairs_per_context": self.pairs_per_context,
+            "seed": self.seed,
+            "wording": self.wording.name,
+            "haystack_sha256": hashlib.sha256(self.haystack.encode()).hexdigest(),
+            "tokenizer_sha256": hashlib.sha256(json.dumps(sample).encode()).hexdigest(),
+            "vocab_size": len(self.tokenizer),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Group:
+    """The pairs of one context."""
+
+    kind: str
+    context_tokens: int
+    number: int
+    ids: list[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Wrong:
+    """A wrong answer, where it came from, and what is wrong with it."""
+
+    text: str
+    source: str
+    fault: str
+
+
+async def make_pairs(
+    folder: Path, plan: PairPlan, settings: dict[str, Any], engine: Engine | None = None
+) -> dict[str, Any]:
+    """Make the pairs that a folder does not hold yet; the record of the whole.
+
+    Args:
+        folder: made where it does not exist.
+        plan: what to make.
+        settings: `plan.settings` and what else a rerun into the same folder must share.
+        engine: asked for its own wrong answers; without one all are made.
+
+    Raises:
+        ValueError: a length has no room, or the folder holds pairs of other settings, or cannot be written.
+        ServerError: a server gave up; what was written is kept, and the same call goes on from there.
+    """
+    _check_spelling(plan)
+    groups = list(_groups(plan))
+    for kind in plan.kinds:
+        # a length without room is found before hours of work, not after
+        for tokens in plan.lengths_tokens:
+            first = next(group for group in groups if (group.kind, group.context_tokens) == (kind, tokens))
+            _short(plan, _build(plan, first).asked[0], seed=0)
+    hold_settings(folder, settings)
+    try:
+        with Writer(folder, settings["vocab_size"]) as writer:
+            total = sum(len(group.ids) for group in groups)
+            with tqdm(total=total, initial=len(writer.lines), desc="pairs", unit="pair") as bar:
+                for group in groups:
+                    if missing := [name for name in group.ids if name not in writer.lines]:
+                        await _make(plan, group, engine, writer)
+                        bar.update(len(missing))
+            record = {**settings, **_counts(writer)}
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be written: {error}; the same command goes on from what is there"
+        ) from None
+    write_record(folder, record)
+    return record
+
+
+def _groups(plan: PairPlan) -> Iterator[_Group]:
+    for kind in plan.kinds:
+        each = 1 if kind == "single" else plan.pairs_per_context
+        number = 0
+        for tokens in plan.lengths_tokens:
+            for start in range(0, plan.pairs, each):
+                places = range(min(each, plan.pairs - start))
+                ids = [f"{kind}-{tokens}-{start // each}-{place}" for place in places]
+                yield _Group(kind=kind, context_tokens=tokens, number=number, ids=ids)
+                number += 1
+
+
+def _build(plan: PairPlan, group: _Group) -> HardContext:
+    reserved = _reserved_tokens(plan)
+    return build_context(
+        group.kind,
+        plan.haystack,
+        plan.tokenizer,
+        plan.wording,
+        context_tokens=group.context_tokens - reserved,
+        count=1 if group.kind == "single" else plan.pairs_per_context,
+        seed=plan.seed,
+        number=group.number,
+        held_out=False,
+    )
+
+
+def _short(plan: PairPlan, asked: Asked, seed: int) -> list[int]:
+    room = plan.short_tokens - _reserved_tokens(plan)
+    try:
+        return short_context(
+            asked, plan.haystack, plan.tokenizer, plan.wording, context_tokens=room, seed=seed
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"short_tokens is {plan.short_tokens}, of which question and answer take "
+            f"{plan.short_tokens - room}: {error}"
+        ) from None
+
+
+async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Writer) -> None:
+    """Write the pairs of a context that are missing; their contexts stand where they stood."""
+    made = _build(plan, group)
+    asked = dict(zip(group.ids, made.asked, strict=False))
+    missing = [name for name in group.ids if name not in writer.lines]
+    answers = await _ask(plan, made, {name: asked[name] for name in missing}, engine)
+    held = next((writer.lines[name]["context"] for name in group.ids if name in writer.lines), None)
+    extent = held or writer.add_tokens(made.token_ids)
+    elsewhere = {fact.value: fact for one in made.asked for fact in one.facts}
+    faults = FAULTS[group.kind]
+    for name in missing:
+        one, place = asked[name], group.ids.index(name)
+        rng = np.random.default_rng([plan.seed, KINDS.index(group.kind), group.number, place])
+        fault = fault_of(answers[name], one, elsewhere) if name in answers else None
+        if fault:
+            wrong = _Wrong(text=answers[name], source="model", fault=fault)
+            one = _with_taken(one, answers[name], elsewhere)
+        else:
+            fault = faults[(group.number * plan.pairs_per_context + place) % len(faults)]
+            wrong = _Wrong(text=wrong_answer(one, plan.wording, fault, rng), source="made", fault=fault)
+        short = writer.add_tokens(_short(plan, one, seed=int(rng.integers(2**31))))
+        writer.add_pair(_line(plan, group, name, made.depth(one), one, wrong, extent, short))
+
+
+async def _ask(
+    plan: PairPlan, made: HardContext, asked: dict[str, Asked], engine: Engine | None
+) -> dict[str, str]:
+    """A model's answers by id; each may be as long as the right one."""
+    if engine is None:
+        return {}
+    questions = [
+        Question(
+            id=name,
+            text=_question(plan, one),
+            expected=(),
+            depth=None,
+            quote="",
+            max_tokens=len(_answer_ids(plan, right_answer(one, plan.wording))),
+        )
+        for name, one in asked.items()
+    ]
+    answers: dict[str, str] = {}
+
+    def answered(question: Question, answer: str) -> None:
+        answers[question.id] = answer
+
+    await engine.ask(Context(token_ids=made.token_ids, questions=questions), answered)
+    return answers
+
+
+def _with_taken(asked: Asked, answer: str, elsewhere: dict[str, Fact]) -> Asked:
+    """With the fact that a model took for the right one among those that matter."""
+    taken = [fact for value, fact in elsewhere.items() if re.search(rf"(?<!\d){value}(?!\d)", answer)]
+    new = tuple(fact for fact in taken if fact not in asked.facts)
+    return replace(asked, others=(*asked.others, *new))
+
+
+def _line(
+    plan: PairPlan,
+    group: _Group,
+    name: str,
+    depth: float | None,
+    asked: Asked,
+    wrong: _Wrong,
+    context: list[int],
+    short: list[int],
+) -> dict[str, Any]:
+    right = right_answer(asked, plan.wording)
+    chosen, rejected = _answer_ids(plan, right), _answer_ids(plan, wrong.text)
+    question = _question(plan, asked)
+    question_ids = plan.tokenizer(question, add_special_tokens=False)["input_ids"]
+    used = context[1] + len(question_ids) + max(len(chosen), len(rejected))
+    assert used <= group.context_tokens, f"{name} has {used} tokens"
+    return {
+        "id": name,
+        "kind": group.kind,
+        "context_tokens": group.context_tokens,
+        "depth": depth,
+        "key": asked.key,
+        "question": question,
+        "chosen": right,
+        "rejected": wrong.text,
+        "rejected_source": wrong.source,
+        "fault": wrong.fault,
+        "context": context,
+        "short_context": short,
+        "question_ids": question_ids,
+        "chosen_ids": chosen,
+        "rejected_ids": rejected,
+    }
+
+
+def _check_spelling(plan: PairPlan) -> None:
+    """Refuse a tokenizer that loses letters: what it cannot spell, no model can read or say."""
+    wording = plan.wording
+    sentence = wording.needle.format(key=LONGEST_NAME, digits="13579")
+    for text in (sentence, wording.answer.format(digits="24680", quote=sentence.strip()), wording.no_answer):
+        ids = plan.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        spelled = plan.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if spelled != text:
+            raise ValueError(
+                f"the tokenizer cannot spell {text!r}; it reads back as {spelled!r}: give another one"
+            )
+
+
+def _question(plan: PairPlan, asked: Asked) -> str:
+    return plan.wording.question.format(key=asked.key)
+
+
+def _answer_ids(plan: PairPlan, text: str) -> list[int]:
+    ids = plan.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    end = plan.tokenizer.eos_token_id
+    return ids if end is None else [*ids, end]
+
+
+def _reserved_tokens(plan: PairPlan) -> int:
+    """Most tokens of a question and an answer with its quote."""
+    wording = plan.wording
+    quote = wording.correction.format(key=LONGEST_NAME, old="00000", digits="00000").strip()
+    answer = wording.answer.format(digits="00000", quote=quote)
+    question = plan.tokenizer(wording.question.format(key=LONGEST_NAME), add_special_tokens=False)
+    return len(question["input_ids"]) + len(_answer_ids(plan, answer)) + _MARGIN_TOKENS
+
+
+def _counts(writer: Writer) -> dict[str, Any]:
+    """What `preferences.json` says beside the settings."""
+    lines = list(writer.lines.values())
+
+    def by(*names: str) -> dict[str, int]:
+        counted = Counter(" ".join(str(line[name]) for name in names) for line in lines)
+        return dict(sorted(counted.items()))
+
+    return {
+        "pairs": len(lines),
+        "tokens": writer.tokens,
+        "dtype": writer.dtype.str,
+        "largest_token_id": writer.largest_token_id,
+        "pairs_by_kind": by("kind"),
+        "pairs_by_length": by("context_tokens"),
+        "pairs_by_source": by("rejected_source"),
+        "pairs_by_kind_and_fault": by("kind", "rejected_source", "fault"),
+    }
