@@ -1,4 +1,4 @@
-# One node's launcher: starts a process per GPU. Arguments go to ic_train.sft.
+# One node's launcher: starts a process per GPU. Arguments go to ic_train.sft, or what IC_MODULE names (ic_train.dpo).
 set -euo pipefail
 
 # USR1 is for the trainer, which listens. It would end this shell and accelerate's launcher; what is ignored here,
@@ -10,4 +10,4 @@ exec "${IC_PYTHON:-python}" -m accelerate.commands.launch \
   --config_file "$IC_LAUNCHER" \
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * gpus)) --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$IC_MASTER_ADDR" --main_process_port "$IC_MASTER_PORT" \
-  -m ic_train.sft "$@"
+  -m "${IC_MODULE:-ic_train.sft}" "$@"

@@ -15,8 +15,10 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from torch import distributed as dist
 
-from ic_train import sft
+from ic_train import dpo, sft
 from ic_train.long_context import run as _imported_before_the_fork  # noqa: F401
+
+MODULES = {"sft": sft, "dpo": dpo}
 
 
 def sharding_environment(config: Path) -> dict[str, str]:
@@ -48,7 +50,7 @@ def work(rank: int, launch: dict[str, Any], port: int, results: Any) -> None:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         try:
-            sft.main(run["flags"])
+            MODULES[run["module"]].main(run["flags"])
         except SystemExit as error:
             errors[run["name"]] = str(error.code)
         except Exception:

@@ -1,0 +1,211 @@
+"""TRL's DPOTrainer on `ic_train.preferences`: pairs of any length, the reference computed before.
+
+Differs from TRL's where long contexts need it: pairs come as token ids out of a memory-mapped folder and are never
+cut or dropped; no mask is built; three objectives decide which of the two prompts of a pair, the long or the short
+one, the model and its reference see; checkpoints are those of the long-context trainer.
+
+Letters: P pairs of a batch, T tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from trl import DPOTrainer
+
+from ic_train.preferences.store import Preferences
+from ic_train.trainers.restartable import Restartable
+
+OBJECTIVES = ("dpo", "solopo", "longpo")
+# rows of a second prompt stand in a batch under these prefixes
+LONG, REFERENCE = "long_", "reference_"
+
+
+def rows(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Prompts with their answers, padded on the right.
+
+    Args:
+        prompts: token ids.
+        answers: token ids, as many.
+
+    Returns:
+        `input_ids`, `attention_mask` and `completion_mask` (1 where a token is of the answer), each `[rows, T]`
+        int64.
+    """
+    made: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))
+        made["input_ids"].append(ids)
+        made["attention_mask"].append(torch.ones_like(ids))
+        made["completion_mask"].append((torch.arange(len(ids)) >= len(prompt)).long())
+    return {name: pad_sequence(parts, batch_first=True) for name, parts in made.items()}
+
+
+class PairCollator:
+    """Makes batches in TRL's layout of the numbers of pairs.
+
+    Args:
+        pairs: all.
+        objective: one of OBJECTIVES.
+        kinds: names of the kinds of pairs; a batch has their places.
+    """
+
+    def __init__(self, pairs: Preferences, objective: str, kinds: Sequence[str]) -> None:
+        self.pairs = pairs
+        self.objective = objective
+        self.kinds = list(kinds)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch.
+
+        Args:
+            examples: each with `pair`, and in training with `ref_chosen_logps` and `ref_rejected_logps`.
+
+        Returns:
+            the rows that the preference is learnt on, the chosen answers before the rejected ones, `[2 P, T]`; the
+            same with the prefix `reference_` where the reference sees other prompts; with the prefix `long_` the
+            chosen answers behind the whole contexts, `[P, T]`; `kinds` `[P]`; the reference's log-probabilities.
+        """
+        pairs = [self.pairs[example["pair"]] for example in examples]
+        whole, short = [pair.prompt_ids for pair in pairs], [pair.short_prompt_ids for pair in pairs]
+        chosen, rejected = [pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]
+        learnt = short if self.objective == "solopo" else whole
+        batch = rows(learnt + learnt, chosen + rejected)
+        batch["kinds"] = torch.tensor([self.kinds.index(pair.kind) for pair in pairs])
+        if self.objective == "solopo":
+            batch |= {LONG + name: part for name, part in rows(whole, chosen).items()}
+        known = "ref_chosen_logps" in examples[0]
+        if self.objective == "longpo" and not known:
+            batch |= {REFERENCE + name: part for name, part in rows(short + short, chosen + rejected).items()}
+        if known:
+            for name in ("ref_chosen_logps", "ref_rejected_logps"):
+                batch[name] = torch.tensor([example[name] for example in examples])
+        return batch
+
+
+class PreferenceTrainer(Restartable, DPOTrainer):
+    """Learns preferences.
+
+    objective `dpo`: TRL's loss behind the whole contexts.
+    objective `longpo`: likewise, and the reference sees the short prompt: what the model answers at length is held
+        to what it answered in short. This is LongPO's constraint (arXiv 2502.13922, section 3.2); TRL's loss type
+        `sft` beside `sigmoid` is its third term.
+    objective `solopo`: TRL's loss behind the short prompts, plus `alignment_weight` times the mean over pairs of
+        |r(long) - r(short)|, the rewards r = beta log(pi / pi_ref) of the chosen answer behind both prompts
+        (SoLoPO, arXiv 2505.11166, in its chosen-only form): the one forward pass at length.
+
+    Args:
+        alignment_weight: of the second term of `solopo`.
+        arguments: of TRL's trainer; `data_collator` is a PairCollator.
+    """
+
+    def __init__(self, *, alignment_weight: float, **arguments: Any) -> None:
+        collator = arguments["data_collator"]
+        self.objective = collator.objective
+        self.kinds = collator.kinds
+        self.alignment_weight = alignment_weight
+        super().__init__(**arguments)
+
+    def compute_ref_log_probs(
+        self, model: Any, inputs: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed log-probabilities of answers under the reference.
+
+        Args:
+            model: the reference.
+            inputs: a batch of PairCollator without the reference's log-probabilities.
+
+        Returns:
+            of the chosen answers `[P]`, with `solopo` `[P, 2]` for the short and the long prompt; of the rejected
+            ones `[P]`.
+        """
+        inputs = dict(inputs)
+        del inputs["kinds"]
+        long, other = _take(inputs, LONG), _take(inputs, REFERENCE)
+        answering = _Answering(model)
+        chosen, rejected = super().compute_ref_log_probs(answering, other or inputs)
+        if long:
+            # TRL halves what it takes for chosen and rejected rows; here all are chosen ones
+            chosen_long = torch.cat(super().compute_ref_log_probs(answering, long))
+            chosen = torch.stack((chosen, chosen_long), dim=1)
+        return chosen, rejected
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As it is: pairs are token ids already, and none is dropped."""
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["pair", "ref_chosen_logps", "ref_rejected_logps"]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+        inputs = dict(inputs)
+        kinds, long = inputs.pop("kinds"), _take(inputs, LONG)
+        reference_long = None
+        if long:
+            inputs["ref_chosen_logps"], reference_long = inputs["ref_chosen_logps"].unbind(1)
+        answering = _Answering(model)
+        loss = super()._compute_loss(answering, inputs, False)
+        logps = answering.outputs[0].log_probs.sum(1)
+        chosen, rejected = logps.chunk(2)
+        self._count_by_kind(
+            kinds, chosen - rejected > inputs["ref_chosen_logps"] - inputs["ref_rejected_logps"]
+        )
+        if reference_long is not None:
+            labels = long["input_ids"].masked_fill(long["completion_mask"] == 0, -100)
+            outputs = model(input_ids=long["input_ids"], labels=labels, use_cache=False, fused_lm_head=True)
+            short_reward = self.beta * (chosen - inputs["ref_chosen_logps"])
+            long_reward = self.beta * (outputs.log_probs.sum(1) - reference_long)
+            distance = (long_reward - short_reward).abs().mean()
+            self._metrics[self._mode]["alignment"].append(self._mean(distance))
+            self._metrics[self._mode]["rewards/chosen_long"].append(self._mean(long_reward.mean()))
+            loss = loss + self.alignment_weight * distance
+            if self.model.training:
+                # what TRL has counted are the short rows
+                read = self.accelerator.gather(long["attention_mask"].sum()).sum().item()
+                self._total_train_tokens += read
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        self.note_if_not_finite(loss.detach())
+        return (loss, {}) if return_outputs else loss
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _count_by_kind(self, kinds: torch.Tensor, right: torch.Tensor) -> None:
+        """Note how often the reward of the chosen answer is the larger one, for each kind of pair."""
+        kinds, right = self.accelerator.gather((kinds, right))
+        for place, name in enumerate(self.kinds):
+            ours = right[kinds == place]
+            if len(ours):
+                self._metrics[self._mode][f"rewards/accuracies/{name}"].append(ours.float().mean().item())
+
+    def _mean(self, value: torch.Tensor) -> float:
+        return self.accelerator.gather(value.detach()).mean().item()
+
+
+class _Answering:
+    """A model that is called without a mask, and whose outputs are kept.
+
+    Rows are padded on the right and attention is causal, so that no token sees padding; a mask of [T, T] would
+    cost more than the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.outputs: list[Any] = []
+
+    def __call__(self, *, attention_mask: torch.Tensor | None = None, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        self.outputs.append(outputs)
+        return outputs
+
+
+def _take(inputs: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Remove the parts of a batch with a prefix, and give them without it."""
+    names = [name for name in inputs if name.startswith(prefix)]
+    return {name.removeprefix(prefix): inputs.pop(name) for name in names}
