@@ -1,8 +1,12 @@
 """From a checkpoint to an exit status: serve, evaluate, judge, compare, thresholds."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import openai_server
@@ -99,14 +103,60 @@ def test_a_server_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> Non
         serve(command, tmp_path / "log", start_timeout_s=3),
     ):
         pytest.fail("it cannot be up")
-    child = int((tmp_path / "log").read_text())
-    state = Path(f"/proc/{child}/stat")
-    for _ in range(100):
-        # killed already; a busy machine takes a moment to bury it
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail(state.read_text())
+    assert_gone(int((tmp_path / "log").read_text()))
+
+
+def assert_gone(*pids: int) -> None:
+    """Killed already; a busy machine takes a moment to bury them."""
+    for pid in pids:
+        state = Path(f"/proc/{pid}/stat")
+        for _ in range(150):
+            if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(state.read_text())
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_a_server_does_not_outlive_a_killed_pipeline(tmp_path: Path, stubborn: bool) -> None:
+    # a server with a child, as vLLM is one; its child hears of no signal but SIGKILL
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(end='up'); time.sleep(600)"
+    )
+    server = f"""
+import http.server, os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-uc", {deaf!r}], stdout=subprocess.PIPE)
+child.stdout.read(2)
+print(os.getpid(), child.pid, flush=True)
+signal.signal(signal.SIGTERM, {"signal.SIG_IGN" if stubborn else "lambda *_: os._exit(0)"})
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
+"""
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1" / "models").touch()
+    pipeline = f"""
+import sys, time
+from pathlib import Path
+from ic_train.evaluation import serving
+with serving.serve([sys.executable, "-c", {server!r}, "{{port}}"], Path("log"), start_timeout_s=60) as url:
+    print(url, flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", pipeline], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(f"{url}/models", timeout=10) as answer:
+            assert answer.status == 200
+        process.send_signal(signal.SIGKILL)
+    pids = [int(word) for word in (tmp_path / "log").read_text().split("\n")[0].split()]
+    assert len(pids) == 2
+    if stubborn:
+        # it has 20 s to end by itself; nobody waits for that here
+        assert os.getpgid(pids[0]) != os.getpgid(0)
+        time.sleep(0.5)
+        os.kill(pids[0], signal.SIGKILL)
+    assert_gone(*pids)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""Start a server for an evaluation, wait until it answers, and stop it whatever happens."""
+"""Start a server for an evaluation, wait until it answers, and stop it whatever happens, SIGKILL of us included."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,8 @@ from pathlib import Path
 
 from ic_train.evaluation.client import ServerError
 
-_POLL_S = 0.5
+_WATCH = Path(__file__).with_name("watch.py")
+_POLL_S = 0.1
 _STOP_S = 20
 _TAIL_CHARACTERS = 3000
 
@@ -36,12 +39,20 @@ def serve(command: Sequence[str], log: Path, *, start_timeout_s: float) -> Itera
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}/v1"
     words = [word.replace("{port}", str(port)) for word in command]
+    if shutil.which(words[0]) is None:
+        raise ServerError(f"{words[0]} cannot be run: there is no such program")
+    # closes when this process is gone, however it ended; watch.py then stops the server
+    watched, held = os.pipe()
     with log.open("w") as output:
-        try:
-            # a session of its own, so that its children are stopped with it
-            process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-        except OSError as error:
-            raise ServerError(f"{words[0]} cannot be run: {error}") from error
+        # a session of its own, so that its children are stopped with it
+        process = subprocess.Popen(
+            [sys.executable, str(_WATCH), str(watched), *words],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(watched,),
+        )
+    os.close(watched)
     # a job's end by its scheduler, too, runs the code below
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -49,6 +60,7 @@ def serve(command: Sequence[str], log: Path, *, start_timeout_s: float) -> Itera
         yield url
     finally:
         _stop(process)
+        os.close(held)
         signal.signal(signal.SIGTERM, before)
 
 
