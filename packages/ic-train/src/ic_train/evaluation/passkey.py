@@ -105,7 +105,7 @@ def hide_passages(
             return token_ids, [place.depth for place in places]
         room -= len(token_ids) - context_tokens
     raise ValueError(
-        f"context_tokens is {context_tokens}; the {len(passages)} passages alone need "
+        f"context_tokens is {context_tokens}; what is hidden there alone needs "
         f"{fixed_tokens + len(passages)} tokens"
     )
 

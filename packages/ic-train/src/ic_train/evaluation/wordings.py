@@ -39,6 +39,7 @@ class Wording:
         answer: right after the question; it starts with the number.
         no_answer: the answer where the document has none.
         answer_tokens: most tokens of an answer without its quote.
+        stop: ends the answer of a model that would go on; empty for models that end by themselves.
         new_name: draws a name.
     """
 
@@ -50,7 +51,13 @@ class Wording:
     answer: str
     no_answer: str
     answer_tokens: int
+    stop: str
     new_name: Callable[[np.random.Generator], str]
+
+    def first_answer(self, text: str) -> str:
+        """What a model said up to the end of its answer, `stop` included."""
+        said, found, _ = text.partition(self.stop) if self.stop else (text, "", "")
+        return said + found
 
     def reserved_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Most tokens of a question and its answer without a quote."""
@@ -68,6 +75,7 @@ DIALECT = Wording(
     answer=" {digits}.\n{quote}\n",
     no_answer=" not in the document.\n",
     answer_tokens=24,
+    stop="\n",
     new_name=random_key,
 )
 # of models that follow instructions
@@ -84,6 +92,7 @@ PLAIN = Wording(
     answer='{digits}. The document says: "{quote}"',
     no_answer="The pass key for that name is not in the document.",
     answer_tokens=48,
+    stop="",
     new_name=_word_name,
 )
 

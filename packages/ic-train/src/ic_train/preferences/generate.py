@@ -109,11 +109,10 @@ async def make_pairs(
     groups = list(_groups(plan))
     for kind in plan.kinds:
         # a length without room is found before hours of work, not after
-        for tokens in plan.lengths_tokens:
-            first = next(group for group in groups if (group.kind, group.context_tokens) == (kind, tokens))
-            _short(plan, _build(plan, first).asked[0], seed=0)
-    hold_settings(folder, settings)
+        first = next(group for group in groups if group.kind == kind)
+        _short(plan, _build(plan, first).asked[0], seed=0)
     try:
+        hold_settings(folder, settings)
         with Writer(folder, settings["vocab_size"]) as writer:
             total = sum(len(group.ids) for group in groups)
             with tqdm(total=total, initial=len(writer.lines), desc="pairs", unit="pair") as bar:
@@ -121,12 +120,12 @@ async def make_pairs(
                     if missing := [name for name in group.ids if name not in writer.lines]:
                         await _make(plan, group, engine, writer)
                         bar.update(len(missing))
-            record = {**settings, **_counts(writer)}
+                record = {**settings, **_counts(writer)}
+        write_record(folder, record)
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be written: {error}; the same command goes on from what is there"
         ) from None
-    write_record(folder, record)
     return record
 
 
@@ -144,17 +143,23 @@ def _groups(plan: PairPlan) -> Iterator[_Group]:
 
 def _build(plan: PairPlan, group: _Group) -> HardContext:
     reserved = _reserved_tokens(plan)
-    return build_context(
-        group.kind,
-        plan.haystack,
-        plan.tokenizer,
-        plan.wording,
-        context_tokens=group.context_tokens - reserved,
-        count=1 if group.kind == "single" else plan.pairs_per_context,
-        seed=plan.seed,
-        number=group.number,
-        held_out=False,
-    )
+    try:
+        return build_context(
+            group.kind,
+            plan.haystack,
+            plan.tokenizer,
+            plan.wording,
+            context_tokens=group.context_tokens - reserved,
+            count=1 if group.kind == "single" else plan.pairs_per_context,
+            seed=plan.seed,
+            number=group.number,
+            held_out=False,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--lengths has {group.context_tokens}, of which question and answer take {reserved}; "
+            f"{group.kind}: {error}"
+        ) from None
 
 
 def _short(plan: PairPlan, asked: Asked, seed: int) -> list[int]:
@@ -165,7 +170,7 @@ def _short(plan: PairPlan, asked: Asked, seed: int) -> list[int]:
         )
     except ValueError as error:
         raise ValueError(
-            f"short_tokens is {plan.short_tokens}, of which question and answer take "
+            f"--short-tokens is {plan.short_tokens}, of which question and answer take "
             f"{plan.short_tokens - room}: {error}"
         ) from None
 
@@ -214,7 +219,7 @@ async def _ask(
     answers: dict[str, str] = {}
 
     def answered(question: Question, answer: str) -> None:
-        answers[question.id] = answer
+        answers[question.id] = plan.wording.first_answer(answer)
 
     await engine.ask(Context(token_ids=made.token_ids, questions=questions), answered)
     return answers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from ic_train.data.corpus import load_corpus
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
@@ -51,6 +52,8 @@ def load_training_text(
         text = corpus.text.tobytes().decode(errors="ignore")
         licences = {f"{package} {version}": _licence(package) for package, version in corpus.sources.items()}
         return TrainingText(text=text, name=name, licence=licences)
+    if not Path(name).is_file() and name not in HAYSTACKS:
+        raise ValueError(f"--haystack is {name!r}; give a UTF-8 text file, or {SOURCES!r}")
     text = load_haystack(name)
     if not text.strip():
         raise ValueError(f"--haystack is {name!r}; it holds no text")
@@ -80,6 +83,6 @@ def _licence(package: str) -> str:
     if package == "python":
         return "PSF-2.0"
     about = metadata.metadata(package.replace("_", "-"))
-    stated = about.get("License-Expression") or about.get("License") or "unstated"
+    stated = about.json.get("license_expression") or about.json.get("license") or "unstated"
     # some packages put the whole text there
-    return stated.splitlines()[0][:80]
+    return str(stated).splitlines()[0][:80]

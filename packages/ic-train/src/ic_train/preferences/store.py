@@ -55,7 +55,7 @@ class Pair:
     rejected_source: str
 
 
-class Preferences(Sequence[Pair]):
+class Preferences:
     """Pairs of a folder; contexts are read from disk when a pair is asked for.
 
     Args:
@@ -75,10 +75,8 @@ class Preferences(Sequence[Pair]):
     def __iter__(self) -> Iterator[Pair]:
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: Any) -> Pair:
-        """The pair at an index from 0; a slice is refused, for it would hold all its contexts in memory."""
-        if not isinstance(index, int | np.integer):
-            raise TypeError(f"index is {index!r}; it must be an integer")
+    def __getitem__(self, index: int) -> Pair:
+        """The pair at an index from 0; one at a time, for many would fill the memory."""
         line = self._lines[index]
         return Pair(
             id=line["id"],
