@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from ic_model import ICConfig
 from ic_model.presets import preset
 from training_runs import PACKAGE
 from transformers import TrainingArguments
 from trl import TrlParser
 
+from ic_train import dpo
 from ic_train.long_context.arguments import (
     LongContextDataArguments,
     LongContextModelArguments,
@@ -51,6 +53,29 @@ def test_a_recipe_is_what_its_head_says(path: Path, tmp_path: Path) -> None:
     assert f"are {tokens:.2f} billion tokens" in text, f"{tokens:.2f}"
     assert f"{training.max_steps:,} steps" in text
     assert "arXiv" in text or "extend-32k.yaml" in text or "heal.yaml" in text
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "recipes").glob("*/dpo.yaml")), ids=lambda path: path.parent.name
+)
+def test_a_preference_recipe_trains(path: Path, tmp_path: Path) -> None:
+    ICConfig().save_pretrained(tmp_path / "model")
+    flags = ["--config", str(path), "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    # a GPU's options are parsed on the CPU
+    flags += ["--bf16", "false", "--use_cpu", "true"]
+    kinds = (dpo.PreferenceArguments, dpo.PreferenceTrainingArguments)
+    arguments, training = TrlParser(kinds).parse_args_and_config(flags)
+    dpo.check(arguments, training)
+    # the prompts are as long as the data
+    assert training.max_length is None
+    text = path.read_text()
+    assert f"recipes/{path.parent.name}/dpo.yaml" in text and "ic-train data preferences" in text
+    assert ("arXiv" in text) == (arguments.objective != "dpo")
+    launcher = re.search(r"accelerate/(\S+\.yaml)", text)
+    pairs = re.search(r"# (\d+) pairs a step on (\d+) GPUs", text)
+    if launcher is not None and pairs is not None:
+        assert int(pairs[2]) == GPUS[launcher[1]]
+        assert int(pairs[1]) == int(pairs[2]) * training.gradient_accumulation_steps
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "accelerate").glob("*.yaml")), ids=lambda path: path.name)
