@@ -84,8 +84,8 @@ def _preferences(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"--kinds has {unknown[0]!r}; accepted are {', '.join(KINDS)}")
     lengths = tuple(parse_lengths(options.lengths))
-    short_tokens = _short_tokens(options.short_tokens, lengths)
     check_lengths(lengths, None, source="")
+    short_tokens = _short_tokens(options.short_tokens, lengths)
     _check_folder(options.out)
     try:
         asyncio.run(_make(options, kinds, lengths, short_tokens))

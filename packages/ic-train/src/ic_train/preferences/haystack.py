@@ -83,6 +83,9 @@ def _licence(package: str) -> str:
     if package == "python":
         return "PSF-2.0"
     about = metadata.metadata(package.replace("_", "-"))
-    stated = about.json.get("license_expression") or about.json.get("license") or "unstated"
+    classified = [
+        line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if "License ::" in line
+    ]
+    stated = about["License-Expression"] or " AND ".join(classified) or about["License"] or "unstated"
     # some packages put the whole text there
-    return str(stated).splitlines()[0][:80]
+    return stated.splitlines()[0]

@@ -175,11 +175,13 @@ class Writer:
         lines = self._records.by_id.values()
         ends = (sum(line[name]) for line in lines for name in ("context", "short_context"))
         self._end = max(ends, default=0)
-        if self._tokens.seek(0, os.SEEK_END) < self._end * self.dtype.itemsize:
+        stored_bytes, wanted_bytes = self._tokens.seek(0, os.SEEK_END), self._end * self.dtype.itemsize
+        if stored_bytes < wanted_bytes:
             self.close()
             raise ValueError(f"{folder / TOKENS_FILE} is damaged: it is shorter than {PAIRS_FILE} says")
-        # tokens whose pairs were not written any more
-        self._tokens.truncate(self._end * self.dtype.itemsize)
+        if stored_bytes > wanted_bytes:
+            # tokens whose pairs were not written any more
+            self._tokens.truncate(wanted_bytes)
 
     def __enter__(self) -> Self:
         return self
@@ -201,9 +203,11 @@ class Writer:
 
     @property
     def largest_token_id(self) -> int:
-        """Of all contexts and answers; a model has to know it."""
-        answers = (line[name] for line in self.lines.values() for name in ("chosen_ids", "rejected_ids"))
-        largest = max((max(ids, default=0) for ids in answers), default=0)
+        """Of all prompts and answers; a model has to know it."""
+        names = ("question_ids", "chosen_ids", "rejected_ids")
+        largest = max(
+            (token for line in self.lines.values() for name in names for token in line[name]), default=0
+        )
         stored = np.memmap(self._tokens.name, dtype=self.dtype, mode="r") if self._end else np.zeros(1)
         # in parts: the file may be larger than memory
         return max(
