@@ -141,7 +141,7 @@ def test_right_answers_are_right_and_wrong_ones_are_wrong_in_their_way(
     assert record["pairs_by_kind"] == dict.fromkeys(sorted(KINDS), 26)
     assert record["pairs_by_length"] == {"2048": 65, "4096": 65}
     assert record["pairs_by_source"] == {"made": 130}
-    assert record["licence"] == {str(haystack): "PSF-2.0"}
+    assert record["licence"] == {"sources.txt": "PSF-2.0"}
     # contexts that are shared are stored once
     assert record["tokens"] < 0.6 * sum(len(pair.prompt_ids) + len(pair.short_prompt_ids) for pair in pairs)
     assert pairs.prompt_tokens.tolist() == [len(pair.prompt_ids) for pair in pairs]
@@ -158,6 +158,15 @@ def test_single_facts_stand_at_every_depth(tmp_path: Path, haystack: Path) -> No
     for tokens in (2048, 4096):
         depths = [pair.depth for pair in pairs if pair.context_tokens == tokens]
         assert sorted(int(depth * 10) for depth in depths) == list(range(10))
+
+
+def test_a_pair_with_a_context_of_its_own_has_distractors_all_the_same(
+    tmp_path: Path, haystack: Path
+) -> None:
+    make(tmp_path, haystack, "--pairs-per-context", "1", "--pairs", "12")
+    lines = lines_of(tmp_path)
+    assert len({tuple(line["context"]) for line in lines}) == 60
+    assert {line["kind"] for line in lines if line["fault"] == "distractor"} == {*KINDS} - {"single"}
 
 
 def test_the_same_settings_give_the_same_bytes_and_others_are_refused(

@@ -68,11 +68,13 @@ class HardContext:
 
     Args:
         token_ids: context, without a question.
+        facts: all that it holds.
         asked: names.
         depths: of the facts by their slots, from 0 (start) to 1 (end).
     """
 
     token_ids: list[int]
+    facts: list[Fact]
     asked: list[Asked]
     depths: list[float]
 
@@ -130,53 +132,58 @@ class _Drawer:
         return Fact(key=fact.key, value=value, sentence=sentence, slot=slot)
 
 
-_Layout = tuple[int, list[Asked]]
+# number of slots, facts in them, names to ask for
+_Layout = tuple[int, list[Fact], list[Asked]]
 
 
 def _single(draw: _Drawer, count: int, number: int) -> _Layout:
     """One fact; contexts take turns through the depths."""
     assert count == 1, "a context with one fact has one question"
     fact = draw.state(draw.name(), number % _DEPTHS)
-    return _DEPTHS, [Asked(key=fact.key, fact=fact, outdated=None, others=())]
+    return _DEPTHS, [fact], [Asked(key=fact.key, fact=fact, outdated=None, others=())]
 
 
 def _multi(draw: _Drawer, count: int, number: int) -> _Layout:
     """Many names."""
-    facts = [draw.state(draw.name(), slot) for slot in range(count)]
-    return count, [_among(fact, facts, None) for fact in facts]
+    facts = [draw.state(draw.name(), slot) for slot in range(max(count, FAMILY))]
+    return len(facts), facts, [_among(fact, facts, None) for fact in facts[:count]]
 
 
 def _distractors(draw: _Drawer, count: int, number: int) -> _Layout:
     """Families of names that differ by little; each of them is asked for."""
     families = [draw.family(FAMILY) for _ in range(-(-count // FAMILY))]
     slots = draw.place(len(families) * FAMILY)
-    asked = []
+    facts, asked = [], []
     for family in families:
-        facts = [draw.state(key, slots.pop()) for key in family]
-        asked += [_among(fact, facts, None) for fact in facts]
-    return len(families) * FAMILY, asked[:count]
+        alike = [draw.state(key, slots.pop()) for key in family]
+        facts += alike
+        asked += [_among(fact, alike, None) for fact in alike]
+    return len(facts), facts, asked[:count]
 
 
 def _corrections(draw: _Drawer, count: int, number: int) -> _Layout:
     """Names that get a value, and later another one."""
-    slots = draw.place(2 * count)
+    names = max(count, FAMILY)
+    slots = draw.place(2 * names)
     firsts, lasts = [], []
-    for start in range(0, 2 * count, 2):
+    for start in range(0, 2 * names, 2):
         earlier, later = sorted(slots[start : start + 2])
         firsts.append(draw.state(draw.name(), earlier))
         lasts.append(draw.correct(firsts[-1], later))
-    return 2 * count, [_among(last, lasts, first) for first, last in zip(firsts, lasts, strict=True)]
+    asked = [_among(last, lasts, first) for first, last in zip(firsts, lasts, strict=True)]
+    return 2 * names, firsts + lasts, asked[:count]
 
 
 def _absent(draw: _Drawer, count: int, number: int) -> _Layout:
     """Families of which some names are in the context; those that are not are asked for."""
     families = [draw.family(2 * FAMILY) for _ in range(-(-count // FAMILY))]
     slots = draw.place(len(families) * FAMILY)
-    asked = []
+    facts, asked = [], []
     for family in families:
-        facts = tuple(draw.state(key, slots.pop()) for key in family[:FAMILY])
-        asked += [Asked(key=key, fact=None, outdated=None, others=facts) for key in family[FAMILY:]]
-    return len(families) * FAMILY, asked[:count]
+        alike = tuple(draw.state(key, slots.pop()) for key in family[:FAMILY])
+        facts += alike
+        asked += [Asked(key=key, fact=None, outdated=None, others=alike) for key in family[FAMILY:]]
+    return len(facts), facts, asked[:count]
 
 
 _LAYOUTS: dict[str, Callable[[_Drawer, int, int], _Layout]] = {
@@ -218,11 +225,10 @@ def build_context(
         ValueError: the facts alone are longer than the context.
     """
     rng = np.random.default_rng([seed, number, KINDS.index(kind)])
-    slots, asked = _LAYOUTS[kind](_Drawer(rng, wording, held_out=held_out), count, number)
+    slots, facts, asked = _LAYOUTS[kind](_Drawer(rng, wording, held_out=held_out), count, number)
     passages = [""] * slots
-    for one in asked:
-        for fact in one.facts:
-            passages[fact.slot] = fact.sentence
+    for fact in facts:
+        passages[fact.slot] = fact.sentence
     token_ids, depths = hide_passages(
         haystack,
         tokenizer,
@@ -231,7 +237,7 @@ def build_context(
         context_tokens=context_tokens,
         seed=int(rng.integers(2**31)),
     )
-    return HardContext(token_ids=token_ids, asked=asked, depths=depths)
+    return HardContext(token_ids=token_ids, facts=facts, asked=asked, depths=depths)
 
 
 def short_context(

@@ -109,14 +109,17 @@ async def make_pairs(
     groups = list(_groups(plan))
     for kind in plan.kinds:
         # a length without room is found before hours of work, not after
-        first = next(group for group in groups if group.kind == kind)
-        _short(plan, _build(plan, first).asked[0], seed=0)
+        made = _build(plan, next(group for group in groups if group.kind == kind))
+        # with one more fact, which a model may take for the right one
+        more = [fact for fact in made.facts if fact not in made.asked[0].facts][:1]
+        _short(plan, replace(made.asked[0], others=(*made.asked[0].others, *more)), seed=0)
     try:
         hold_settings(folder, settings)
         with Writer(folder, settings["vocab_size"]) as writer:
             total = sum(len(group.ids) for group in groups)
-            with tqdm(total=total, initial=len(writer.lines), desc="pairs", unit="pair") as bar:
+            with tqdm(total=total, initial=len(writer.lines), unit="pair") as bar:
                 for group in groups:
+                    bar.set_description(f"{group.kind} {group.context_tokens}")
                     if missing := [name for name in group.ids if name not in writer.lines]:
                         await _make(plan, group, engine, writer)
                         bar.update(len(missing))
@@ -183,7 +186,7 @@ async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Wr
     answers = await _ask(plan, made, {name: asked[name] for name in missing}, engine)
     held = next((writer.lines[name]["context"] for name in group.ids if name in writer.lines), None)
     extent = held or writer.add_tokens(made.token_ids)
-    elsewhere = {fact.value: fact for one in made.asked for fact in one.facts}
+    elsewhere = {fact.value: fact for fact in made.facts}
     faults = FAULTS[group.kind]
     for name in missing:
         one, place = asked[name], group.ids.index(name)
@@ -191,7 +194,7 @@ async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Wr
         fault = fault_of(answers[name], one, elsewhere) if name in answers else None
         if fault:
             wrong = _Wrong(text=answers[name], source="model", fault=fault)
-            one = _with_taken(one, answers[name], elsewhere)
+            one = _with_taken(one, wrong, elsewhere)
         else:
             fault = faults[(group.number * plan.pairs_per_context + place) % len(faults)]
             wrong = _Wrong(text=wrong_answer(one, plan.wording, fault, rng), source="made", fault=fault)
@@ -225,11 +228,11 @@ async def _ask(
     return answers
 
 
-def _with_taken(asked: Asked, answer: str, elsewhere: dict[str, Fact]) -> Asked:
+def _with_taken(asked: Asked, wrong: _Wrong, elsewhere: dict[str, Fact]) -> Asked:
     """With the fact that a model took for the right one among those that matter."""
-    taken = [fact for value, fact in elsewhere.items() if re.search(rf"(?<!\d){value}(?!\d)", answer)]
-    new = tuple(fact for fact in taken if fact not in asked.facts)
-    return replace(asked, others=(*asked.others, *new))
+    value = re.search(r"\d+", wrong.text)
+    taken = elsewhere.get(value[0]) if value else None
+    return asked if taken is None or taken in asked.facts else replace(asked, others=(*asked.others, taken))
 
 
 def _line(

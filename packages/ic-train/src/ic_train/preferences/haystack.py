@@ -21,7 +21,7 @@ class TrainingText:
 
     Args:
         text: the whole.
-        name: as it was asked for.
+        name: of the file, or "sources".
         licence: of each part.
     """
 
@@ -66,7 +66,8 @@ def load_training_text(
             f"--haystack is {name!r}; it holds text of {used!r}, which evaluation uses: a model trained on it has "
             "seen the test. Give another text, or --allow-evaluation-haystack"
         )
-    return TrainingText(text=text, name=name, licence={name: licence})
+    file = Path(name).name
+    return TrainingText(text=text, name=file, licence={file: licence})
 
 
 def _shared(text: str) -> str | None:
