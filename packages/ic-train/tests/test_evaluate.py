@@ -303,8 +303,8 @@ def test_a_server_that_is_too_slow_is_given_up(tmp_path: Path, capsys: pytest.Ca
         (["--lengths", "100"], "--lengths has 100; this model takes from 512 to 8192"),
         (["--lengths", "4x"], "--lengths has '4x'; give numbers of tokens"),
         (
-            ["--suite", "niah,ruler"],
-            "--suite has 'ruler'; accepted are passkey, niah, multivalue, distractors, ",
+            ["--suite", "niah,longbench"],
+            "--suite has 'longbench'; accepted are passkey, niah, multivalue, distractors, ",
         ),
         (["--suite", "perplexity"], "--suite has perplexity, which is measured in process"),
         (["--questions", "0"], "--questions is 0; it must be at least 1"),

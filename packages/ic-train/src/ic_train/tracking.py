@@ -28,6 +28,7 @@ _PATIENCE = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "WANDB_INIT_TIMEOUT": "30",
+    "WANDB_FINISH_TIMEOUT": "60",
     # checks for packages and code, which has nothing to do with a training run
     "WANDB_DISABLE_CODE": "true",
 }
@@ -132,14 +133,19 @@ class GuardedTracker(TrainerCallback):
             logger.error("%s did not take the run's description: %s", self.name, error)
 
 
+def be_impatient() -> None:
+    """Set how long trackers try, where the user has not."""
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+
+
 def prepare_trackers(args: TrainingArguments) -> None:
     """Set what the trackers read from the environment, where the user has not.
 
     A resumed run goes on in the tracker's run of the same output folder.
     """
     output = Path(args.output_dir)
-    for name, value in _PATIENCE.items():
-        os.environ.setdefault(name, value)
+    be_impatient()
     os.environ.setdefault("WANDB_DIR", str(output))
     run_id = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
     os.environ.setdefault("WANDB_RUN_ID", run_id)

@@ -21,8 +21,10 @@ from ic_train.evaluation.engines import InProcess, Server
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey_command import DTYPES
 from ic_train.evaluation.report import MIN_FOR_PERCENTAGE, TABLE_FILE, compare, read_report
+from ic_train.evaluation.ruler import RULER_FILES, RULER_TASKS, RulerPlan, left_out, ruler_suites
 from ic_train.evaluation.run import PERPLEXITY, SUITES, Run, check_lengths, evaluate
 from ic_train.evaluation.tasks import Plan
+from ic_train.evaluation.trackers import add_report_to, parse_report_to, send_report
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 _IN_PROCESS = ("dtype", "device", "chunk_tokens")
@@ -55,7 +57,7 @@ def add_evaluate(commands: Any) -> None:
         "--suite",
         default="passkey,niah",
         metavar="A,B",
-        help=f"of {', '.join(SUITES)} (default: passkey,niah)",
+        help=f"of {', '.join(SUITES)} (default: passkey,niah); ruler is all that follow it",
     )
     add("--lengths", default="4k", metavar="N,N", help="contexts in tokens, as 4k,128k,1M (default: 4k)")
     add(
@@ -67,7 +69,10 @@ def add_evaluate(commands: Any) -> None:
     add("--keys-per-context", type=int, default=50, help="questions that share a context (default: 50)")
     add("--texts", type=int, default=4, help="texts per length for perplexity (default: 4)")
     add("--haystack", default="jargon", help=f"one of {', '.join(HAYSTACKS)}, or a UTF-8 text file")
+    for option in RULER_FILES:
+        add(f"--{option}", type=Path, metavar="FILE", help=f"for ruler_qa_{option}: {RULER_FILES[option]}")
     add("--seed", type=int, default=1000, help="of texts, keys and depths (default: 1000)")
+    add_report_to(parser)
     add(
         "--dtype",
         choices=DTYPES,
@@ -163,6 +168,9 @@ def _evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
     suites = list(dict.fromkeys(options.suite.split(",")))
     if unknown := [name for name in suites if name not in SUITES]:
         raise ValueError(f"--suite has {unknown[0]!r}; accepted are {', '.join(SUITES)}")
+    notice = left_out(suites, _ruler_files(options))
+    suites = ruler_suites(suites, _ruler_files(options))
+    trackers = parse_report_to(options.report_to)
     lengths = parse_lengths(options.lengths)
     check_at_least(options, questions=1, keys_per_context=1, texts=1, chunk_tokens=0)
     try:
@@ -172,8 +180,13 @@ def _evaluate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> i
             table = asyncio.run(_in_process(options, suites, lengths))
     except ServerError as error:
         return report_server_error(error)
-    print(f"{table}\nwritten: {options.out / TABLE_FILE}")
+    print(f"{table}\n{notice}written: {options.out / TABLE_FILE}")
+    send_report(trackers, options.out)
     return 0
+
+
+def _ruler_files(options: argparse.Namespace) -> dict[str, Path]:
+    return {name: getattr(options, name) for name in RULER_FILES if getattr(options, name)}
 
 
 def _refuse_idle_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -241,6 +254,17 @@ def _run(
         keys_per_context=options.keys_per_context,
         seed=options.seed,
     )
+    ruler = None
+    if any(name in RULER_TASKS for name in suites):
+        ruler = RulerPlan(
+            haystack=haystack,
+            tokenizer=tokenizer,
+            num_questions=options.questions,
+            seed=options.seed,
+            # a server's chat template starts the text itself
+            special_tokens=options.api != "chat",
+            data=_ruler_files(options),
+        )
     return Run(
         folder=options.out,
         plan=plan,
@@ -249,6 +273,7 @@ def _run(
         texts=options.texts,
         labels=labels,
         settings=settings,
+        ruler=ruler,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from ic_train.evaluation.generation import PrefixReader
 from ic_train.evaluation.tasks import Context, Question
 
 Answered = Callable[[Question, str], None]
+AnsweredIn = Callable[[Context, Question, str], None]
 
 
 class Engine(Protocol):
@@ -19,6 +21,9 @@ class Engine(Protocol):
 
     async def ask(self, context: Context, answered: Answered) -> None:
         """Ask all questions of a context."""
+
+    async def ask_each(self, contexts: Iterable[Context], answered: AnsweredIn) -> None:
+        """Ask all questions of contexts that have no start in common."""
 
 
 class InProcess:
@@ -42,6 +47,11 @@ class InProcess:
             prompt = _prompt(context, question, self._tokenizer)
             ids = self._reader.complete(prompt, max_tokens=question.max_tokens)
             answered(question, self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    async def ask_each(self, contexts: Iterable[Context], answered: AnsweredIn) -> None:
+        """Ask one after the other."""
+        for context in contexts:
+            await self.ask(context, partial(answered, context))
 
 
 class Server:
@@ -80,6 +90,16 @@ class Server:
         first, *others = context.questions
         await run_bounded([lambda: ask(first)], concurrency=1)
         jobs = ((lambda question=question: ask(question)) for question in others)
+        await run_bounded(jobs, concurrency=self._concurrency)
+
+    async def ask_each(self, contexts: Iterable[Context], answered: AnsweredIn) -> None:
+        """Ask several at once; a context is made when its turn comes."""
+
+        async def ask(context: Context) -> None:
+            for question in context.questions:
+                answered(context, question, await self._answer(context, question))
+
+        jobs = ((lambda context=context: ask(context)) for context in contexts)
         await run_bounded(jobs, concurrency=self._concurrency)
 
     async def _answer(self, context: Context, question: Question) -> str:

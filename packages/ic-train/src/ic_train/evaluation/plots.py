@@ -39,7 +39,7 @@ def plot_passkey(rows: list[dict[str, Any]], path: Path) -> None:
             axis.text(x, y, count, ha="center", va="center", fontsize=8, color=colour)
     axis.set_yticks(range(len(rows)), labels)
     axis.set_xticks(range(_DEPTH_BINS), [f"{10 * part}-{10 * part + 10}" for part in range(_DEPTH_BINS)])
-    axis.set_xlabel("depth of the pass key in the context, %")
+    axis.set_xlabel("depth of the answer in the context, %")
     axis.set_ylabel("context, tokens")
     first = rows[0]
     axis.set_title(

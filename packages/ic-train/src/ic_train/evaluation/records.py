@@ -96,13 +96,18 @@ def require_ids(path: Path, records: Iterable[str], wanted: Iterable[str]) -> No
         raise ValueError(f"{path} lacks {len(missing)} answers: {shown}; run what makes it again to add them")
 
 
-def hold_settings(folder: Path, settings: dict[str, Any]) -> None:
+def hold_settings(folder: Path, settings: dict[str, Any], *, file: str = SETTINGS_FILE) -> None:
     """Keep a run's settings beside its answers; a rerun into the same folder must have the same ones.
+
+    Args:
+        folder: made where it does not exist.
+        settings: JSON.
+        file: that holds them.
 
     Raises:
         ValueError: the folder holds a run with other settings.
     """
-    path = folder / SETTINGS_FILE
+    path = folder / file
     folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         # a name of its own first: a killed process leaves a whole file or none

@@ -18,6 +18,10 @@ _FEW = (
     f"Counts without a percentage: fewer than {MIN_FOR_PERCENTAGE} questions, too few for one. "
     "Intervals are Wilson's, 95 %."
 )
+_SHARES = (
+    "{tasks}: each answer counts by the share of its parts that were found. The interval is the one of as many "
+    "answers that are right or wrong; shares vary less, so it is too wide rather than too narrow."
+)
 
 
 def write_report(folder: Path, rows: list[dict[str, Any]], *, seed: int) -> str:
@@ -87,6 +91,8 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> str:
         retrieval = [found[key] for found in by_run for key in found if not perplexity]
         if any(row["total"] < MIN_FOR_PERCENTAGE for row in retrieval):
             parts.append(_FEW + "\n")
+        if shares := dict.fromkeys(row["task"] for row in retrieval if row.get("shares")):
+            parts.append(_SHARES.format(tasks=", ".join(shares)) + "\n")
     return "\n".join(parts)
 
 
@@ -120,7 +126,7 @@ def _cell(row: dict[str, Any] | None) -> str:
         return text if row["low"] is None else f"{text} [{row['low']:.4g}, {row['high']:.4g}]"
     low, high = wilson_interval(row["correct"], row["total"])
     share = f" = {row['correct'] / row['total']:.1%}" if row["total"] >= MIN_FOR_PERCENTAGE else ""
-    return f"{row['correct']}/{row['total']}{share} [{low:.1%}, {high:.1%}]"
+    return f"{row['correct']:.6g}/{row['total']}{share} [{low:.1%}, {high:.1%}]"
 
 
 def _difference(first: dict[str, Any] | None, second: dict[str, Any] | None) -> str:

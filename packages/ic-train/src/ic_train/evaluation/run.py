@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,30 @@ from ic_train.evaluation.engines import Engine
 from ic_train.evaluation.perplexity import perplexity_record, perplexity_rows
 from ic_train.evaluation.records import Records, hold_settings
 from ic_train.evaluation.report import write_report
+from ic_train.evaluation.ruler import (
+    RULER,
+    RULER_TASKS,
+    RulerPlan,
+    RulerQuestion,
+    check_ruler,
+    ruler_contexts,
+    ruler_ids,
+    ruler_settings,
+)
 from ic_train.evaluation.tasks import (
     SPARE_TOKENS,
     TASKS,
     Context,
     Plan,
     Question,
-    Task,
     contexts,
     question_ids,
 )
 
 PERPLEXITY = "perplexity"
-SUITES = (*TASKS, PERPLEXITY)
+SUITES = (*TASKS, PERPLEXITY, RULER, *RULER_TASKS)
 ANSWERS_FILE = "answers.jsonl"
+RULER_SETTINGS_FILE = "ruler.json"
 _SHORTEST_TOKENS = 512
 
 
@@ -38,11 +49,12 @@ class Run:
     Args:
         folder: of answers and report.
         plan: how contexts are made.
-        suites: names out of SUITES.
+        suites: names out of SUITES; tasks of RULER by their own names.
         lengths_tokens: contexts with question and answer.
         texts: stretches of text per length for perplexity.
         labels: `model, engine, kv_dtype`, part of every row.
         settings: what a rerun into the same folder must share.
+        ruler: how RULER's prompts are made; None where none of its tasks is asked.
     """
 
     folder: Path
@@ -52,6 +64,24 @@ class Run:
     texts: int
     labels: dict[str, str]
     settings: dict[str, Any]
+    ruler: RulerPlan | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """A task at a length.
+
+    Args:
+        task: its name.
+        ids: of all its questions.
+        contexts: those that hold wanted questions.
+        score: of an answer: right or wrong, or a share.
+    """
+
+    task: str
+    ids: list[str]
+    contexts: Callable[[Callable[[str], bool]], Iterator[Context]]
+    score: Callable[[str, tuple[str, ...]], bool | float]
 
 
 def check_lengths(lengths_tokens: Sequence[int], longest_tokens: int | None, *, source: str) -> None:
@@ -85,38 +115,64 @@ async def evaluate(run: Run, engine: Engine, model: PreTrainedModel | None = Non
     """
     assert model is not None or PERPLEXITY not in run.suites
     hold_settings(run.folder, run.settings)
+    if run.ruler:
+        check_ruler(run.ruler, run.suites, run.lengths_tokens)
+        # beside the others, since tasks may be added to a run
+        hold_settings(run.folder, ruler_settings(run.ruler), file=RULER_SETTINGS_FILE)
     with Records(run.folder / ANSWERS_FILE) as records:
         for suite in run.suites:
             for tokens in run.lengths_tokens:
                 if suite == PERPLEXITY:
                     _measure_perplexity(run, model, records, tokens)
                 else:
-                    await _ask(run, TASKS[suite], engine, records, tokens)
+                    await _ask(_part(run, suite, tokens), engine, records, tokens)
         rows = [row for suite in run.suites for row in _rows(run, suite, records)]
     return write_report(run.folder, rows, seed=run.plan.seed)
 
 
-async def _ask(run: Run, task: Task, engine: Engine, records: Records, context_tokens: int) -> None:
-    ids = [name for group in question_ids(task, run.plan, context_tokens) for name in group]
-    held = [records.by_id[name]["correct"] for name in ids if name in records.by_id]
+def _part(run: Run, suite: str, tokens: int) -> _Part:
+    if suite in RULER_TASKS:
+        plan, ruler_task = run.ruler, RULER_TASKS[suite]
+        assert plan is not None
+        return _Part(
+            task=suite,
+            ids=ruler_ids(ruler_task, plan, tokens),
+            contexts=lambda wanted: ruler_contexts(ruler_task, plan, tokens, wanted),
+            score=ruler_task.score,
+        )
+    task = TASKS[suite]
+    return _Part(
+        task=suite,
+        ids=[name for group in question_ids(task, run.plan, tokens) for name in group],
+        contexts=lambda wanted: contexts(task, run.plan, tokens, wanted),
+        score=task.score,
+    )
+
+
+async def _ask(part: _Part, engine: Engine, records: Records, context_tokens: int) -> None:
+    held = [records.by_id[name]["correct"] for name in part.ids if name in records.by_id]
     correct = sum(held)
-    description = f"{task.name} {context_tokens}"
-    with tqdm(total=len(ids), initial=len(held), desc=description, unit="question") as bar:
-        for context in contexts(task, run.plan, context_tokens, lambda name: name not in records.by_id):
+    description = f"{part.task} {context_tokens}"
+    with tqdm(total=len(part.ids), initial=len(held), desc=description, unit="question") as bar:
 
-            def answered(question: Question, answer: str, context: Context = context) -> None:
-                nonlocal correct
-                right = task.score(answer, question.expected)
-                correct += right
-                records.append(_record(task.name, context_tokens, context, question, answer, right))
-                bar.update()
-                bar.set_postfix(correct=correct)
+        def answered(context: Context, question: Question, answer: str) -> None:
+            nonlocal correct
+            right = part.score(answer, question.expected)
+            correct += right
+            records.append(_record(part.task, context_tokens, context, question, answer, right))
+            bar.update()
+            bar.set_postfix(correct=round(correct, 2))
 
-            await engine.ask(context, answered)
+        contexts_left = part.contexts(lambda name: name not in records.by_id)
+        if part.task in RULER_TASKS:
+            await engine.ask_each(contexts_left, answered)
+        else:
+            for context in contexts_left:
+                await engine.ask(context, partial(answered, context))
 
 
 def _record(
-    task: str, context_tokens: int, context: Context, question: Question, answer: str, right: bool
+    task: str, context_tokens: int, context: Context, question: Question, answer: str, right: bool | float
 ) -> dict[str, Any]:
     return {
         "id": question.id,
@@ -124,7 +180,7 @@ def _record(
         "context_tokens": context_tokens,
         "document_tokens": len(context.token_ids),
         "depth": question.depth,
-        "question": question.text.strip(),
+        "question": question.asked if isinstance(question, RulerQuestion) else question.text.strip(),
         "reference": ", ".join(question.expected),
         "quote": question.quote,
         "answer": answer,
@@ -157,16 +213,18 @@ def _rows(run: Run, suite: str, records: Records) -> list[dict[str, Any]]:
             measured = [records.by_id[name] for name in _text_ids(run, tokens)]
             rows += [{**run.labels, **row} for row in perplexity_rows(measured)]
             continue
-        ids = [name for group in question_ids(TASKS[suite], run.plan, tokens) for name in group]
-        samples = [records.by_id[name] for name in ids]
+        samples = [records.by_id[name] for name in _part(run, suite, tokens).ids]
+        ruler = suite in RULER_TASKS
         rows.append(
             {
                 **run.labels,
                 "task": suite,
                 "context_tokens": tokens,
-                "correct": sum(sample["correct"] for sample in samples),
+                "correct": round(sum(sample["correct"] for sample in samples), 6),
                 "total": len(samples),
-                "spare_tokens": SPARE_TOKENS,
+                # a task whose answer has several parts is scored by the share of them
+                "shares": any(isinstance(sample["correct"], float) for sample in samples),
+                "spare_tokens": RULER_TASKS[suite].answer_tokens if ruler else SPARE_TOKENS,
                 "samples": samples,
             }
         )

@@ -1,4 +1,4 @@
-"""Start a server for an evaluation, wait until it answers, and stop it whatever happens, SIGKILL of us included."""
+"""Start a server for an evaluation, wait until it answers, and stop it whatever ends us, SIGKILL included."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Run a server that ends when the program that wanted it is gone, whatever ended that one.
 
-python watch.py FD WORD...: FD is a pipe's end for reading, whose other end only that program holds; when it closes,
-everything in this process group is stopped. Run as a file of its own: it imports nothing but the standard library.
+python watch.py FD WORD...: FD is a pipe's end for reading, whose other end only that program holds; when that
+closes, everything in this process group is stopped. It is run as a file, and imports the standard library only.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ic_train.evaluation.client import ServerError
 from ic_train.evaluation.command import add_server, check_at_least, connect, report_server_error
 from ic_train.evaluation.passkey import wilson_interval
 from ic_train.evaluation.records import Records, hold_settings, read_records, require_ids
+from ic_train.evaluation.trackers import add_report_to, parse_report_to, send_report
 from ic_train.judge.calibration import agreement_by_fault, calibration_pairs, findings
 from ic_train.judge.grading import UNPARSABLE, Judge, Request, outcome, read_cases
 from ic_train.judge.prometheus import load_rubric
@@ -78,9 +79,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-tokens", type=int, default=1024, help="of feedback and verdict (default: 1024)")
     add_server(parser, required=True)
+    add_report_to(parser)
 
 
 def _judge(options: argparse.Namespace) -> int:
+    trackers = parse_report_to(options.report_to)
     answers = read_records(options.answers)
     cases = read_cases(options.answers, answers)
     others = None
@@ -110,11 +113,13 @@ def _judge(options: argparse.Namespace) -> int:
     row = _pair_row(cases, judgements) if others else _absolute_row(cases, answers, judgements)
     row = {"judge": model, "calibrated": calibration, **row}
     _write(options.out, row, _judge_table(row), seed=None)
+    send_report(trackers, options.out)
     return 0
 
 
 def _calibrate(options: argparse.Namespace) -> int:
     check_at_least(options, pairs=_FEWEST_PAIRS)
+    trackers = parse_report_to(options.report_to)
     pairs = calibration_pairs(options.pairs, options.seed)
     settings = {"pairs": options.pairs, "seed": options.seed}
     try:
@@ -143,6 +148,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     lines += ["", "| fault of the wrong answer | seen |", "|---|---|"]
     lines += [f"| {fault} | {right}/{total} |" for fault, (right, total) in row["agreement_by_fault"].items()]
     _write(options.out, row, "\n".join(lines) + "\n", seed=options.seed)
+    send_report(trackers, options.out)
     return 0 if passed else NOT_CALIBRATED
 
 
