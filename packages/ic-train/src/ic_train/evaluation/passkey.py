@@ -106,7 +106,7 @@ def hide_passages(
         room -= len(token_ids) - context_tokens
     raise ValueError(
         f"context_tokens is {context_tokens}; what is hidden there alone needs "
-        f"{fixed_tokens + len(passages)} tokens"
+        f"{fixed_tokens + len(passages)} tokens: ask for fewer keys per context, or give a longer one"
     )
 
 
