@@ -11,7 +11,9 @@ from ic_model import ICForCausalLM
 from served_models import users_environment
 
 
-def run_cases(cases: dict[str, dict[str, Any]], *, timeout_s: float = 420) -> dict[str, dict[str, Any]]:
+def run_cases(
+    cases: dict[str, dict[str, Any]], *, timeout_s: float = 420, environment: dict[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
     """A result per case, by its name."""
     process = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("engine_cases.py"))],
@@ -20,7 +22,7 @@ def run_cases(cases: dict[str, dict[str, Any]], *, timeout_s: float = 420) -> di
         text=True,
         timeout=timeout_s,
         check=False,
-        env=users_environment(),
+        env=users_environment() | (environment or {}),
     )
     lines = [line[7:] for line in process.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(lines) == len(cases), process.stdout[-4000:] + process.stderr[-4000:]

@@ -1,5 +1,6 @@
 """What vLLM can do with every model, with ours: in the real engine, against transformers."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,11 @@ SAME_TOKENS = {
     },
     "GPU backend, drafts": {"backend": "gpu", "engine": {"speculative_config": NGRAMS}},
     "drafts": {"engine": {"speculative_config": NGRAMS}},
+    "two ranks": {"engine": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}},
 }
+# vLLM gives each rank of a CPU a NUMA node, unless it is told which cores
+CORES = sorted(os.sched_getaffinity(0))
+TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +61,8 @@ def results(folders: dict[str, Path]) -> dict[str, dict]:
         "prompt_logprobs": True,
     }
     # on a CPU vLLM patches Triton's kernels for drafts, once in a process, after which no other engine starts
-    last, apart = ({name: cases.pop(name)} for name in ("GPU backend, drafts", "drafts"))
-    return run_cases(cases | last) | run_cases(apart)
+    last, apart, ranks = ({name: cases.pop(name)} for name in ("GPU backend, drafts", "drafts", "two ranks"))
+    return run_cases(cases | last) | run_cases(apart) | run_cases(ranks, environment=TWO_RANKS)
 
 
 @pytest.fixture(scope="session")
