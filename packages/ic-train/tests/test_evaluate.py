@@ -14,6 +14,7 @@ from openai_server import ScriptedServer, reader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ic_train import cli
+from ic_train.evaluation import client
 from ic_train.evaluation.command import parse_lengths
 from ic_train.evaluation.generation import PrefixReader
 from ic_train.evaluation.haystack import load_haystack
@@ -33,6 +34,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_FIRST_PAUSE_S", 0.01)
 
 
 def small_model() -> ICForCausalLM:

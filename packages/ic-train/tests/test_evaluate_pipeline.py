@@ -50,7 +50,7 @@ def configure(folder: Path, limits: list, **fields) -> list[str]:
     ]
 
 
-def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing(
+def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing_and_holds_it_to_new_thresholds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = report(tmp_path / "base", niah(60, 60))
@@ -58,9 +58,13 @@ def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing(
         words = configure(tmp_path, [*GOOD, {"task": "judge", "least": 0.9}], judge={"server": judge.url})
         assert cli.main([*words, "--base", str(base)]) == 0
         assert len(judge.requests) == 60
-        assert cli.main([*words, "--base", str(base)]) == 0
+        output = capsys.readouterr().out
+        strict = [{"task": "niah", "context_tokens": 2048, "least": 0.97}]
+        configure(tmp_path, strict, judge={"server": judge.url})
+        assert cli.main([*words, "--base", str(base)]) == 4
         assert len(judge.requests) == 60
-    output = capsys.readouterr().out
+    # 60 of 60 do not show 97 %
+    assert "FAILED: niah at 2,048 tokens: least 0.97, found 0.9398" in capsys.readouterr().out
     assert "passed: niah at 2,048 tokens: least 0.9, found 0.9398" in output
     assert "passed: niah at 2,048 tokens: most_loss 0.1, found 0.06017" in output
     assert "passed: judge: least 0.9, found 0.9398" in output
@@ -69,15 +73,6 @@ def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing(
         in (tmp_path / "out" / "comparison.md").read_text()
     )
     assert len((tmp_path / "out" / "evaluation" / "answers.jsonl").read_text().splitlines()) == 60
-
-
-def test_a_checkpoint_below_its_thresholds_ends_with_their_status(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = configure(tmp_path, [{"task": "niah", "context_tokens": 2048, "least": 0.97}])
-    assert cli.main(words) == 4
-    # 60 of 60 do not show 97 %
-    assert "FAILED: niah at 2,048 tokens: least 0.97, found 0.9398" in capsys.readouterr().out
 
 
 def test_a_server_that_does_not_start_shows_its_log(
