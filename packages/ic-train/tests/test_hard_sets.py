@@ -66,16 +66,23 @@ def test_near_duplicates_differ_by_a_letter_by_syllables_or_by_the_number() -> N
         assert kinds == ({"letter", "syllables"} if wording is DIALECT else {"letter", "syllables", "number"})
 
 
+def test_a_models_answer_is_over_where_right_answers_are() -> None:
+    assert DIALECT.first_answer(" 12345.\n\ndef size(") == " 12345.\n"
+    assert DIALECT.first_answer(" 12345") == " 12345"
+    assert PLAIN.first_answer("It is 1.\nNo, 2.\n\nThe pass key for") == "It is 1.\nNo, 2."
+    assert PLAIN.first_answer("It is 1.") == "It is 1."
+
+
 def test_half_of_the_names_are_held_out_and_training_never_draws_them() -> None:
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for held_out, names in sides.items():
-        for number in range(20):
+        for number in range(6):
             for kind in KINDS:
                 for asked in build(BYTES, kind, number, held_out=held_out, context_tokens=1500).asked:
                     names |= {asked.key, *(fact.key for fact in asked.facts)}
     assert all(map(is_held_out, sides[True]))
     assert not any(map(is_held_out, sides[False]))
-    assert min(map(len, sides.values())) > 500
+    assert min(map(len, sides.values())) > 150
     drawn = [is_held_out(DIALECT.new_name(rng)) for rng in [np.random.default_rng(1)] for _ in range(2000)]
     assert 0.46 < sum(drawn) / 2000 < 0.54
 

@@ -39,7 +39,7 @@ class Wording:
         answer: right after the question; it starts with the number.
         no_answer: the answer where the document has none.
         answer_tokens: most tokens of an answer without its quote.
-        stop: ends the answer of a model that would go on; empty for models that end by themselves.
+        stop: where the answer of a model is over, whatever it goes on with.
         new_name: draws a name.
     """
 
@@ -55,9 +55,9 @@ class Wording:
     new_name: Callable[[np.random.Generator], str]
 
     def first_answer(self, text: str) -> str:
-        """What a model said up to the end of its answer, `stop` included."""
-        said, found, _ = text.partition(self.stop) if self.stop else (text, "", "")
-        return said + found
+        """What a model said up to `stop`, ended as a right answer is."""
+        said, found, _ = text.partition(self.stop)
+        return said + self.answer[len(self.answer.rstrip()) :] if found else text
 
     def reserved_tokens(self, tokenizer: PreTrainedTokenizerBase) -> int:
         """Most tokens of a question and its answer without a quote."""
@@ -92,7 +92,7 @@ PLAIN = Wording(
     answer='{digits}. The document says: "{quote}"',
     no_answer="The pass key for that name is not in the document.",
     answer_tokens=48,
-    stop="",
+    stop="\n\n",
     new_name=_word_name,
 )
 

@@ -205,7 +205,7 @@ async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Wr
 async def _ask(
     plan: PairPlan, made: HardContext, asked: dict[str, Asked], engine: Engine | None
 ) -> dict[str, str]:
-    """A model's answers by id; each may be as long as the right one."""
+    """A model's answers by id; each may be as long as a right one."""
     if engine is None:
         return {}
     questions = [
@@ -215,7 +215,7 @@ async def _ask(
             expected=(),
             depth=None,
             quote="",
-            max_tokens=len(_answer_ids(plan, right_answer(one, plan.wording))),
+            max_tokens=_longest_answer_tokens(plan),
         )
         for name, one in asked.items()
     ]
@@ -294,12 +294,16 @@ def _answer_ids(plan: PairPlan, text: str) -> list[int]:
 
 
 def _reserved_tokens(plan: PairPlan) -> int:
-    """Most tokens of a question and an answer with its quote."""
-    wording = plan.wording
-    quote = wording.correction.format(key=LONGEST_NAME, old="00000", digits="00000").strip()
-    answer = wording.answer.format(digits="00000", quote=quote)
-    question = plan.tokenizer(wording.question.format(key=LONGEST_NAME), add_special_tokens=False)
-    return len(question["input_ids"]) + len(_answer_ids(plan, answer)) + _MARGIN_TOKENS
+    """Most tokens of a question and an answer."""
+    question = plan.wording.question.format(key=LONGEST_NAME)
+    question_ids = plan.tokenizer(question, add_special_tokens=False)["input_ids"]
+    return len(question_ids) + _longest_answer_tokens(plan) + _MARGIN_TOKENS
+
+
+def _longest_answer_tokens(plan: PairPlan) -> int:
+    """Tokens of an answer with the longest quote."""
+    quote = plan.wording.correction.format(key=LONGEST_NAME, old="00000", digits="00000").strip()
+    return len(_answer_ids(plan, plan.wording.answer.format(digits="00000", quote=quote)))
 
 
 def _counts(writer: Writer) -> dict[str, Any]:
