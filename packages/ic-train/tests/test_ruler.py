@@ -26,10 +26,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ic_train import cli
-from ic_train.evaluation import ruler
+from ic_train.evaluation import ruler_tasks
 from ic_train.evaluation.haystack import load_haystack
 from ic_train.evaluation.records import read_records
-from ic_train.evaluation.ruler import RULER_TASKS, RulerPlan, ruler_contexts
+from ic_train.evaluation.ruler import ruler_contexts
+from ic_train.evaluation.ruler_tasks import RULER_TASKS, RulerPlan, ruler_settings
 
 HAYSTACK = load_haystack("jargon")
 OFFLINE = [name for name, task in RULER_TASKS.items() if not task.data]
@@ -89,7 +90,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(folder: Path | None = None, **fields) -> RulerPlan:
     data = {name: folder / f"{name}.json" for name in ("squad", "hotpot")} if folder else {}
-    chosen = {"haystack": HAYSTACK, "tokenizer": TOKENIZER, "num_questions": 3, "seed": 5, **fields}
+    chosen = {
+        "haystack": HAYSTACK,
+        "haystack_name": "jargon",
+        "tokenizer": TOKENIZER,
+        "num_questions": 3,
+        "seed": 5,
+        **fields,
+    }
     return RulerPlan(data=data, **chosen)
 
 
@@ -177,24 +185,24 @@ def test_a_prompt_is_what_lm_eval_makes_of_the_same_random_numbers(
 
 
 def test_another_release_of_lm_eval_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert lm_eval.__version__ == ruler.LM_EVAL_VERSION
+    assert lm_eval.__version__ == ruler_tasks.LM_EVAL_VERSION
     with monkeypatch.context() as here:
-        ruler._library.cache_clear()
-        here.setattr(ruler.metadata, "version", lambda name: "0.9")
+        ruler_tasks.library.cache_clear()
+        here.setattr(ruler_tasks.metadata, "version", lambda name: "0.9")
         with pytest.raises(
             ValueError, match=r"lm_eval is 0.9; ruler is held to 0.4.13: pip install 'ic-train"
         ):
-            ruler.ruler_settings(plan())
+            ruler_settings(plan())
 
         def missing(name: str) -> str:
-            raise ruler.metadata.PackageNotFoundError(name)
+            raise ruler_tasks.metadata.PackageNotFoundError(name)
 
-        here.setattr(ruler.metadata, "version", missing)
+        here.setattr(ruler_tasks.metadata, "version", missing)
         with pytest.raises(
             ValueError, match=r"--suite has ruler, which needs lm-eval: pip install 'ic-train\["
         ):
-            ruler.ruler_settings(plan())
-    assert ruler.ruler_settings(plan())["lm_eval"] == lm_eval.__version__
+            ruler_settings(plan())
+    assert ruler_settings(plan())["lm_eval"] == lm_eval.__version__
 
 
 @pytest.mark.parametrize("name", RULER_TASKS)
@@ -317,8 +325,19 @@ def test_ruler_is_all_tasks_whose_data_is_there(
     for name, tasks in (("a", OFFLINE), ("b", list(RULER_TASKS))):
         rows = json.loads((tmp_path / name / "report.json").read_text())["rows"]
         assert [row["task"] for row in rows] == tasks
-    held = json.loads((tmp_path / "b" / "ruler.json").read_text())
-    assert held["lm_eval"] == lm_eval.__version__ and len(held["squad"]) == 64
+    assert json.loads((tmp_path / "a" / "ruler.json").read_text())["lm_eval"] == lm_eval.__version__
+    table = (tmp_path / "b" / "report.md").read_text()
+    assert f"by lm-eval {lm_eval.__version__}, with jargon for its essays" in table
+    # the data may come later, and stay as it is
+    with ScriptedServer(reader) as server:
+        assert run(server, folder, tmp_path / "a", *words, *data) == 0
+        assert len(server.requests) == 2
+        assert run(server, folder, tmp_path / "a", *words, "--squad", str(folder / "hotpot.json")) == 2
+        (folder / "other.json").write_text(
+            (folder / "squad.json").read_text().replace("Person 1", "Person 0")
+        )
+        assert run(server, folder, tmp_path / "a", *words, "--squad", str(folder / "other.json")) == 2
+    assert "holds a run with squad '" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from ic_train.evaluation.engines import InProcess, Server
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey_command import DTYPES
 from ic_train.evaluation.report import MIN_FOR_PERCENTAGE, TABLE_FILE, compare, read_report
-from ic_train.evaluation.ruler import RULER_FILES, RULER_TASKS, RulerPlan, left_out, ruler_suites
+from ic_train.evaluation.ruler import left_out, ruler_suites
+from ic_train.evaluation.ruler_tasks import RULER_FILES, RULER_TASKS, RulerPlan
 from ic_train.evaluation.run import PERPLEXITY, SUITES, Run, check_lengths, evaluate
 from ic_train.evaluation.tasks import Plan
 from ic_train.evaluation.trackers import add_report_to, parse_report_to, send_report
@@ -258,6 +259,7 @@ def _run(
     if any(name in RULER_TASKS for name in suites):
         ruler = RulerPlan(
             haystack=haystack,
+            haystack_name=Path(options.haystack).name,
             tokenizer=tokenizer,
             num_questions=options.questions,
             seed=options.seed,

@@ -22,6 +22,10 @@ _SHARES = (
     "{tasks}: each answer counts by the share of its parts that were found. The interval is the one of as many "
     "answers that are right or wrong; shares vary less, so it is too wide rather than too narrow."
 )
+_RULER = (
+    "{tasks}: RULER's prompts and scores by lm-eval {versions}, with {haystacks} for its essays. Published numbers "
+    "have another text, and are no measure for these."
+)
 
 
 def write_report(folder: Path, rows: list[dict[str, Any]], *, seed: int) -> str:
@@ -93,6 +97,12 @@ def compare(runs: dict[str, list[dict[str, Any]]]) -> str:
             parts.append(_FEW + "\n")
         if shares := dict.fromkeys(row["task"] for row in retrieval if row.get("shares")):
             parts.append(_SHARES.format(tasks=", ".join(shares)) + "\n")
+        if ruler := [row for row in retrieval if row.get("lm_eval")]:
+            tasks, versions, haystacks = (
+                ", ".join(dict.fromkeys(str(row[name]) for row in ruler))
+                for name in ("task", "lm_eval", "haystack")
+            )
+            parts.append(_RULER.format(tasks=tasks, versions=versions, haystacks=haystacks) + "\n")
     return "\n".join(parts)
 
 

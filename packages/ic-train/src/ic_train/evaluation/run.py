@@ -16,15 +16,13 @@ from ic_train.evaluation.perplexity import perplexity_record, perplexity_rows
 from ic_train.evaluation.records import Records, hold_settings
 from ic_train.evaluation.report import write_report
 from ic_train.evaluation.ruler import (
-    RULER,
-    RULER_TASKS,
-    RulerPlan,
     RulerQuestion,
     check_ruler,
+    hold_ruler_settings,
     ruler_contexts,
     ruler_ids,
-    ruler_settings,
 )
+from ic_train.evaluation.ruler_tasks import LM_EVAL_VERSION, RULER, RULER_TASKS, RulerPlan
 from ic_train.evaluation.tasks import (
     SPARE_TOKENS,
     TASKS,
@@ -38,7 +36,6 @@ from ic_train.evaluation.tasks import (
 PERPLEXITY = "perplexity"
 SUITES = (*TASKS, PERPLEXITY, RULER, *RULER_TASKS)
 ANSWERS_FILE = "answers.jsonl"
-RULER_SETTINGS_FILE = "ruler.json"
 _SHORTEST_TOKENS = 512
 
 
@@ -117,8 +114,7 @@ async def evaluate(run: Run, engine: Engine, model: PreTrainedModel | None = Non
     hold_settings(run.folder, run.settings)
     if run.ruler:
         check_ruler(run.ruler, run.suites, run.lengths_tokens)
-        # beside the others, since tasks may be added to a run
-        hold_settings(run.folder, ruler_settings(run.ruler), file=RULER_SETTINGS_FILE)
+        hold_ruler_settings(run.folder, run.ruler)
     with Records(run.folder / ANSWERS_FILE) as records:
         for suite in run.suites:
             for tokens in run.lengths_tokens:
@@ -214,7 +210,13 @@ def _rows(run: Run, suite: str, records: Records) -> list[dict[str, Any]]:
             rows += [{**run.labels, **row} for row in perplexity_rows(measured)]
             continue
         samples = [records.by_id[name] for name in _part(run, suite, tokens).ids]
-        ruler = suite in RULER_TASKS
+        made: dict[str, Any] = {"spare_tokens": SPARE_TOKENS}
+        if run.ruler and suite in RULER_TASKS:
+            made = {
+                "spare_tokens": RULER_TASKS[suite].answer_tokens,
+                "lm_eval": LM_EVAL_VERSION,
+                "haystack": run.ruler.haystack_name,
+            }
         rows.append(
             {
                 **run.labels,
@@ -224,7 +226,7 @@ def _rows(run: Run, suite: str, records: Records) -> list[dict[str, Any]]:
                 "total": len(samples),
                 # a task whose answer has several parts is scored by the share of them
                 "shares": any(isinstance(sample["correct"], float) for sample in samples),
-                "spare_tokens": RULER_TASKS[suite].answer_tokens if ruler else SPARE_TOKENS,
+                **made,
                 "samples": samples,
             }
         )
