@@ -23,8 +23,8 @@ _SHARES = (
     "answers that are right or wrong; shares vary less, so it is too wide rather than too narrow."
 )
 _RULER = (
-    "{tasks}: RULER's prompts and scores by lm-eval {versions}, with {haystacks} for its essays. Published numbers "
-    "have another text, and are no measure for these."
+    "{tasks}: RULER's prompts and scores by lm-eval {versions}, with {haystacks} for its essays. Published "
+    "numbers have another text, and are no measure for these."
 )
 
 
