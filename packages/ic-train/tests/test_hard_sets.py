@@ -9,6 +9,7 @@ import pytest
 from ic_model import checkpoint_path
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from openai_server import ScriptedServer, reader
+from preference_pairs import stated
 from smollm2_tokenizer import smollm2_tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -35,11 +36,6 @@ def build(tokenizer: PreTrainedTokenizerBase, kind: str, number: int = 0, **fiel
         chosen["count"] = 1
     wording = wording_for(tokenizer)
     return build_context(kind, load_haystack("jargon"), tokenizer, wording, number=number, **chosen)
-
-
-def stated(text: str, key: str) -> list[str]:
-    """Values of a name in the order of a document, read as a person would."""
-    return re.findall(rf"[Tt]he pass key for {key} is (?:no longer \d+; it is )?(\d+)\.", text)
 
 
 def edit(one: str, other: str) -> str | None:
