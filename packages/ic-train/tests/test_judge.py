@@ -1,5 +1,6 @@
 """`ic-train judge`: the published format, and that calibration finds every planted bias and no other."""
 
+import functools
 import hashlib
 import json
 import random
@@ -35,8 +36,7 @@ class Judge:
     def __call__(self, body: dict) -> str:
         prompt = body["messages"][-1]["content"]
         verdict = self.score(prompt) if "###Response to evaluate" in prompt else self.choice(prompt)
-        coin = random.Random(prompt).random()
-        if self.bias == "unparsable" and coin < 0.2:
+        if self.bias == "unparsable" and random.Random(prompt).random() < 0.2:
             return "I cannot decide."
         return f"Feedback: [RESULT] 1 is not my verdict. [RESULT] {verdict}"
 
@@ -84,14 +84,19 @@ BIASES = {
 }
 
 
+@functools.cache
+def asked(seed: int) -> tuple[list, list]:
+    """Pairs, and all that a judge is asked about them."""
+    judge = grading.Judge(client=None, model="", rubric=load_rubric(None), max_tokens=1, concurrency=1)
+    pairs = calibration_pairs(100, seed)
+    return pairs, [request for pair in pairs for request in pair.requests(judge)]
+
+
 def failures(bias: str, seed: int = 1000) -> set[str]:
     """What calibration says of a judge that is asked without a server."""
-    asked = grading.Judge(client=None, model="", rubric=load_rubric(None), max_tokens=1, concurrency=1)
-    pairs, judge = calibration_pairs(100, seed), Judge(bias)
+    judge, (pairs, requests) = Judge(bias), asked(seed)
     judgements = {
-        request.id: {"verdict": request.parse(judge({"messages": request.messages}))}
-        for pair in pairs
-        for request in pair.requests(asked)
+        request.id: {"verdict": request.parse(judge({"messages": request.messages}))} for request in requests
     }
     return {finding.name for finding in findings(pairs, judgements) if not finding.passed}
 

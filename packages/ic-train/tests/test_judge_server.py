@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     words += ["--enforce-eager", "--max-model-len", "4096"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        with serve(words, folder / "server.log", start_timeout_s=240) as url:
+        with serve(words, folder / "server.log", start_timeout_s=400) as url:
             yield url
 
 
