@@ -20,6 +20,7 @@ from wandb_files import read_records, values_of
 from ic_train import cli
 from ic_train.evaluation import trackers
 from ic_train.evaluation.trackers import scalars
+from ic_train.tracking import MLFLOW_RUN_FILE
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -95,9 +96,13 @@ def test_wandb_gets_numbers_table_heat_map_settings_and_commit(tmp_path: Path) -
 
 
 def test_mlflow_gets_them_too_and_a_rerun_goes_on_in_the_same_run(tmp_path: Path, mlflow_server: str) -> None:
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_server
+    # on a busy machine its first answer takes a while
+    os.environ |= {"MLFLOW_TRACKING_URI": mlflow_server, "MLFLOW_HTTP_REQUEST_TIMEOUT": "100"}
     wait_for(mlflow_server)
     out, judged = tmp_path / "run", tmp_path / "judged"
+    out.mkdir()
+    # of a run on another server
+    (out / MLFLOW_RUN_FILE).write_text("f" * 32)
     assert evaluate(out, "--report-to", "mlflow") == 0
     assert evaluate(out, "--report-to", "mlflow") == 0
     with ScriptedServer(lambda body: "[RESULT] 4") as judge:

@@ -157,6 +157,14 @@ def _to_mlflow(folder: Path, report: dict[str, Any]) -> None:
     held = folder / MLFLOW_RUN_FILE
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or _EXPERIMENT)
     run_id = held.read_text().strip() if held.is_file() else None
+    if run_id:
+        try:
+            mlflow.get_run(run_id)
+        except mlflow.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            # it was sent to another server before
+            run_id = None
     with mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name) as run:
         held.write_text(run.info.run_id)
         facts = _facts(folder, report).items()
