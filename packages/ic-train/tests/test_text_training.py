@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import struct
@@ -233,31 +234,58 @@ def test_a_tracker_that_cannot_be_reached_does_not_end_the_run(runs: dict[str, A
     assert (folder / "model.safetensors").is_file()
 
 
-def test_a_rank_that_dies_ends_the_run_and_leaves_its_checkpoints(
+def test_a_rank_that_dies_is_started_again_and_leaves_its_checkpoints(
     runs: dict[str, Any], tmp_path: Path
 ) -> None:
     run = Run("dying", ["--max_steps", "100000", "--save_steps", "5", "--gradient_accumulation_steps", "4"])
     output = runs["folder"] / run.name
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP_ON_CPU)]
-    command += ["--main_process_port", "0", "-m", "ic_train.sft", *flags_of(runs["toys"], run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
-    ) as launcher:
-        deadline = time.monotonic() + 120
-        while latest_checkpoint(output) is None:
-            assert launcher.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        ranks = [int(pid) for pid in children if b"ic_train.sft" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        said, _ = launcher.communicate(timeout=90)
-    assert launcher.returncode != 0
-    assert b"SIGKILL" in said, said.decode()[-2000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    command += ["--rdzv_backend", "c10d", "--max_restarts", "1", "-m", "ic_train.sft"]
+    command += [*flags_of(runs["toys"], run), "--resume", "auto"]
+    # docs/training.md says why
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    said = tmp_path / "said"
+    with said.open("wb") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        first = kill_a_rank(launcher, output, after=0)
+        # nobody but the launcher starts it again, from the last whole checkpoint
+        last = kill_a_rank(launcher, output, after=first + 15)
+        assert launcher.wait(timeout=90) != 0
+    finally:
+        # it takes its ranks with it
+        launcher.terminate()
+    assert b"SIGKILL" in said.read_bytes(), said.read_text()[-2000:]
+    (resumed,) = re.findall(r"resuming from \S*checkpoint-(\d+)", said.read_text())
+    assert first <= int(resumed) < last
+    # as a run without deaths would have gone on
+    steps = [line["step"] for line in steps_of(output)]
+    assert steps == list(range(1, len(steps) + 1))
     checkpoint = latest_checkpoint(output)
     assert checkpoint is not None
     assert export.main([str(checkpoint), str(tmp_path / "plain")]) == 0
+
+
+def kill_a_rank(launcher: subprocess.Popen[bytes], output: Path, *, after: int) -> int:
+    """Wait for a checkpoint later than a step, and kill the second rank; the checkpoint's step."""
+    deadline = time.monotonic() + 180
+    while (step := last_step(output)) <= after:
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"ic_train.sft" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    return step
+
+
+def last_step(output: Path) -> int:
+    found = latest_checkpoint(output)
+    return 0 if found is None else int(found.name.split("-")[1])
 
 
 @pytest.mark.parametrize(
