@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from bed import Bed
 
 ANSIBLE = Path(__file__).parents[1]
-PLAYBOOK_TIMEOUT_S = 300
+PLAYBOOK_TIMEOUT_S = 600
 RECAP = re.compile(r"^(\S+)\s+: (ok=\d+.*)$", re.MULTILINE)
 
 
@@ -81,3 +84,41 @@ def inventory(bed: Bed, groups: dict[str, list[str]], variables: dict[str, objec
             "children": {group: {"hosts": dict.fromkeys(members)} for group, members in groups.items()},
         }
     }
+
+
+Play = Callable[..., Played]
+
+
+def player(bed: Bed) -> Play:
+    """What runs playbooks on a bed."""
+
+    def run(
+        playbook: str,
+        groups: dict[str, list[str]],
+        variables: dict[str, object],
+        *arguments: str,
+        check: bool = True,
+    ) -> Played:
+        hosts = bed.scratch / "inventory.yml"
+        hosts.write_text(yaml.safe_dump(inventory(bed, groups, variables)))
+        done = subprocess.run(
+            bed.inside(
+                command("ansible-playbook"),
+                "-i",
+                hosts,
+                ANSIBLE / "playbooks" / f"{playbook}.yml",
+                *arguments,
+            ),
+            env=environment(bed.scratch),
+            cwd=ANSIBLE,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=PLAYBOOK_TIMEOUT_S,
+        )
+        played = Played(done.returncode, done.stdout)
+        assert not check or played.code == 0, played.why
+        return played
+
+    return run

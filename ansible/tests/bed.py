@@ -20,7 +20,9 @@ from image import BedError, run
 
 SUBNET = "10.99.0"
 GATEWAY = f"{SUBNET}.1"
-BOOT_TIMEOUT_S = 60
+# waits end when what they wait for is there; these are for a machine that has much else to do
+BOOT_TIMEOUT_S = 180
+UNTIL_TIMEOUT_S = 180
 REBOOT_CODE = 133
 
 
@@ -117,6 +119,7 @@ class Bed:
         machine = self.machines[name]
         if machine.process is None:
             return
+        self._disconnect(name)
         for child in _children(machine.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
@@ -152,8 +155,8 @@ class Bed:
             self.inside(
                 "ssh",
                 *self.ssh_options(),
-                "-o",
-                "ConnectTimeout=3",
+                *("-o", "ConnectTimeout=3"),
+                *self._one_connection(name),
                 f"root@{self.machines[name].address}",
                 command,
             ),
@@ -167,6 +170,18 @@ class Bed:
                 f"{name}: {command}\nended with {done.returncode}\n{done.stdout}{done.stderr}"
             )
         return done
+
+    def _one_connection(self, name: str) -> list[str]:
+        """Options by which all commands for a machine go through one connection, for as long as that lives."""
+        path = self.scratch / f"ssh-{name}"
+        alive = ("-o", "ServerAliveInterval=2", "-o", "ServerAliveCountMax=5")
+        return ["-o", "ControlMaster=auto", "-o", f"ControlPath={path}", "-o", "ControlPersist=60", *alive]
+
+    def _disconnect(self, name: str) -> None:
+        """End that connection: the machine is about to go."""
+        words = ("ssh", *self.ssh_options(), *self._one_connection(name), "-O", "exit")
+        target = f"root@{self.machines[name].address}"
+        subprocess.run(self.inside(*words, target), check=False, capture_output=True, timeout=60)
 
     def ssh_options(self) -> list[str]:
         """Key and known hosts of the bed, and nothing of the user's own."""
@@ -207,3 +222,14 @@ def _children(pid: int) -> list[int]:
     """Children of a process: of nspawn, the machine's init."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in listed.read_text().split()] if listed.exists() else []
+
+
+def until(bed: Bed, name: str, command: str, wanted: str, timeout_s: float = UNTIL_TIMEOUT_S) -> str:
+    """Run a command on a machine until it prints what is wanted; fail with the last output."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        printed = bed.ssh(name, command, check=False).stdout.strip()
+        if wanted in printed:
+            return printed
+        assert time.monotonic() < deadline, f"{command} on {name} after {timeout_s} s: {printed}"
+        time.sleep(1)

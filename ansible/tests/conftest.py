@@ -7,15 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import image
 import pytest
 import training
-import yaml
-from ansible_play import ANSIBLE, PLAYBOOK_TIMEOUT_S, Played, command, environment, inventory
+from ansible_play import Play, player
 from bed import GATEWAY, Bed
 
 
@@ -28,11 +27,16 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def bed(scratch: Path) -> Iterator[Bed]:
-    """Three machines of bare Debian: c1, n1 and n2. IC_BED_CACHE names a folder that keeps the base system."""
+def base(scratch: Path) -> Path:
+    """The bare system of all machines. IC_BED_CACHE names a folder that keeps it."""
     image.install_tools()
     kept = os.environ.get("IC_BED_CACHE")
-    base = image.build(Path(kept) if kept else scratch / "image")
+    return image.build(Path(kept) if kept else scratch / "image")
+
+
+@pytest.fixture(scope="session")
+def bed(base: Path, scratch: Path) -> Iterator[Bed]:
+    """Three machines of bare Debian: c1, n1 and n2."""
     shared = scratch / "shared"
     shared.mkdir()
     bed = Bed(
@@ -69,40 +73,7 @@ def web(bed: Bed, scratch: Path) -> Iterator[Web]:
     server.wait(timeout=20)
 
 
-Play = Callable[..., Played]
-
-
 @pytest.fixture(scope="session")
-def play(bed: Bed, scratch: Path) -> Play:
+def play(bed: Bed) -> Play:
     """Run a playbook on the bed: play("slurm", groups, variables, "--check")."""
-
-    def run(
-        playbook: str,
-        groups: dict[str, list[str]],
-        variables: dict[str, object],
-        *arguments: str,
-        check: bool = True,
-    ) -> Played:
-        hosts = scratch / "inventory.yml"
-        hosts.write_text(yaml.safe_dump(inventory(bed, groups, variables)))
-        done = subprocess.run(
-            bed.inside(
-                command("ansible-playbook"),
-                "-i",
-                hosts,
-                ANSIBLE / "playbooks" / f"{playbook}.yml",
-                *arguments,
-            ),
-            env=environment(scratch),
-            cwd=ANSIBLE,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=PLAYBOOK_TIMEOUT_S,
-        )
-        played = Played(done.returncode, done.stdout)
-        assert not check or played.code == 0, played.why
-        return played
-
-    return run
+    return player(bed)

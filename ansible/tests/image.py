@@ -13,16 +13,21 @@ from pathlib import Path
 
 SUITE = "bookworm"
 # what any Debian with ssh has, and nothing that a role installs
-BARE = ["systemd", "systemd-sysv", "dbus", "iproute2", "openssh-server", "procps"]
+BARE = [
+    "python3", "python3-apt", "ca-certificates", "systemd", "systemd-sysv", "dbus", "iproute2", "openssh-server",
+    "procps", "kmod",
+]  # fmt: skip
 # what roles install; their dependencies come along
 OFFERED = [
     "munge", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server", "python3-pymysql",
     "sudo", "chrony", "nftables", "unattended-upgrades", "gnupg", "prometheus-node-exporter", "hwloc-nox",
-    "cloud-init", "dnsmasq-base",
+    "cloud-init", "dnsmasq-base", "nfs-kernel-server", "nfs-common",
 ]  # fmt: skip
+# no documentation, and no fsync while packages are installed: the machines live for minutes
+DPKG = ["force-unsafe-io", "path-exclude=/usr/share/doc/*", "path-exclude=/usr/share/man/*"]
 # on the machine that runs the tests: command and Debian's package of it
 TOOLS = {
-    "debootstrap": "debootstrap",
+    "mmdebstrap": "mmdebstrap",
     "systemd-nspawn": "systemd-container",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
@@ -31,6 +36,7 @@ TOOLS = {
     "apt-ftparchive": "apt-utils",
     "dpkg-deb": "dpkg",
     "gpg": "gnupg",
+    "mke2fs": "e2fsprogs",
 }
 COMMAND_TIMEOUT_S = 300
 
@@ -99,19 +105,21 @@ def build(folder: Path) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     run(
-        "debootstrap",
+        "mmdebstrap",
+        "--mode=root",
         "--variant=minbase",
-        "--include=python3,python3-apt,ca-certificates",
+        *(f"--dpkgopt={option}" for option in DPKG),
+        '--aptopt=Acquire::Languages "none"',
+        f"--include={','.join(BARE)}",
+        # its package lists are used below
+        "--skip=cleanup/apt",
         SUITE,
         root,
         mirror(),
     )
-    _write_apt(root)
     shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
     environment = {"DEBIAN_FRONTEND": "noninteractive", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
     apt = ("chroot", root, "apt-get", "-q", "-y", "--no-install-recommends")
-    run(*apt, "update", env=environment)
-    run(*apt, "install", *BARE, env=environment)
     run(*apt, "clean", env=environment)
     run(*apt, "install", "--download-only", *OFFERED, env=environment)
     packages.mkdir()
@@ -128,14 +136,6 @@ def index(folder: Path) -> None:
     listed = run("apt-ftparchive", "packages", ".", cwd=folder).stdout
     (folder / "Packages").write_text(listed)
     (folder / "Release").write_text(run("apt-ftparchive", "release", ".", cwd=folder).stdout)
-
-
-def _write_apt(root: Path) -> None:
-    """No documentation and no fsync while packages are installed: the machines live for minutes."""
-    (root / "etc/dpkg/dpkg.cfg.d/bed").write_text(
-        "force-unsafe-io\npath-exclude=/usr/share/doc/*\npath-exclude=/usr/share/man/*\n"
-    )
-    (root / "etc/apt/apt.conf.d/90bed").write_text('Acquire::Languages "none";\n')
 
 
 def _finish(root: Path) -> None:

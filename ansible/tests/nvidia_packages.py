@@ -67,6 +67,9 @@ def publish_all(web: Path, keys: Path) -> Publisher:
     """Driver and toolkit, each in a wanted and in a newer version; the address parts are NVIDIA's."""
     publisher = Publisher(keys)
     driver, toolkit = web / "driver/debian12/x86_64", web / "toolkit/stable/deb/amd64"
+    (web / "driver").mkdir()
+    # found only where the machine's distribution is in the address
+    (web / "driver/ubuntu2404").symlink_to("debian12")
     driver.mkdir(parents=True)
     toolkit.mkdir(parents=True)
     for version in ("580.95.05-1", "590.44.01-1"):

@@ -1,7 +1,12 @@
 """Driver and container toolkit, from signed repositories of stand-in packages, on a machine whose GPU is files."""
 
+import json
+import subprocess
+
 import nvidia_packages
 import pytest
+import yaml
+from ansible_play import ANSIBLE, command, environment
 
 GROUPS = {"k3s_servers": ["c1"], "k3s_agents": ["n1"]}
 # only what concerns GPUs, which is how a driver is installed alone, too
@@ -100,3 +105,83 @@ def test_pinned_versions_one_reboot_and_no_change_after_it(bed, play, variables)
     again = play("k3s", GROUPS, variables, *TAGS)
     assert again.changed == {"c1": 0, "n1": 0}, again.changed_tasks
     assert bed.ssh("n1", boots).stdout == after["n1"]
+
+
+# as the distributions have it
+UBUNTU = """PRETTY_NAME="Ubuntu 24.04.3 LTS"
+NAME="Ubuntu"
+VERSION_ID="24.04"
+VERSION="24.04.3 LTS (Noble Numbat)"
+VERSION_CODENAME=noble
+ID=ubuntu
+ID_LIKE=debian
+UBUNTU_CODENAME=noble
+"""
+
+
+@pytest.fixture
+def ubuntu(bed):
+    """n2 says that it is Ubuntu: what Ansible makes of that is real, the system below stays Debian."""
+    file = bed.machines["n2"].root / "etc/os-release"
+    # a link to /usr/lib/os-release, which apt could restore
+    link = file.readlink()
+    file.unlink()
+    file.write_text(UBUNTU)
+    yield
+    file.unlink()
+    file.symlink_to(link)
+
+
+def test_ubuntu_gets_its_own_repository(bed, play, variables, ubuntu):
+    slot = bed.machines["n2"].root / "srv/pci-nvidia/0000:01:00.0"
+    slot.mkdir(parents=True)
+    for name, text in {"vendor": "0x10de", "class": "0x030200", "device": "0x2330"}.items():
+        (slot / name).write_text(text + "\n")
+    play("k3s", {"k3s_servers": ["n2"]}, {**variables, "nvidia_driver_reboot": False}, *TAGS)
+    source = bed.ssh("n2", "cat /etc/apt/sources.list.d/ic-nvidia-driver.sources").stdout
+    assert f"URIs: {variables['nvidia_driver_url']}/ubuntu2404/x86_64/\n" in source
+    assert installed(bed, "n2")["nvidia-open"] == "580.95.05-1"
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version", "architecture", "folder"),
+    [
+        ("Debian", "13.2", "x86_64", "debian13/x86_64"),
+        ("Ubuntu", "22.04", "x86_64", "ubuntu2204/x86_64"),
+        ("Ubuntu", "24.04", "aarch64", "ubuntu2404/sbsa"),
+    ],
+)
+def test_address_and_acceptance_of_each_distribution(scratch, distribution, version, architecture, folder):
+    """What follows from facts, with made-up facts."""
+    facts = {
+        "distribution": distribution,
+        "distribution_version": version,
+        "distribution_major_version": version.split(".")[0],
+        "architecture": architecture,
+    }
+    roles = [
+        ANSIBLE / "roles" / role / kind
+        for role in ("nvidia_driver", "preflight")
+        for kind in ("vars", "defaults")
+    ]
+    files = [ANSIBLE / "playbooks/group_vars/all/versions.yml", *(where / "main.yml" for where in roles)]
+    shown = (
+        "{{ nvidia_driver_uri }} {{ preflight_release in preflight_supported[ansible_facts.distribution] }}"
+    )
+    playbook = scratch / "facts.yml"
+    task = {"ansible.builtin.debug": {"msg": shown}}
+    play = {"hosts": "all", "gather_facts": False, "vars_files": list(map(str, files)), "tasks": [task]}
+    playbook.write_text(yaml.safe_dump([play]))
+    words = [command("ansible-playbook"), "-i", "localhost,", "-c", "local", playbook]
+    done = subprocess.run(
+        [*words, "-e", json.dumps({"ansible_facts": facts})],
+        env=environment(scratch),
+        cwd=ANSIBLE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"https://developer.download.nvidia.com/compute/cuda/repos/{folder} True" in " ".join(
+        done.stdout.split()
+    )

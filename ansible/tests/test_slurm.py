@@ -3,10 +3,10 @@
 import json
 import shutil
 import subprocess
-import time
 
 import pytest
 import training
+from bed import until
 
 GROUPS = {"slurm_controllers": ["c1"], "slurm_accounting": ["c1"], "slurm_nodes": ["n1", "n2"]}
 VARIABLES = {
@@ -23,17 +23,6 @@ VARIABLES = {
     "nvidia_driver_manage": False,
     "preflight_min_free_gib": 1,
 }
-
-
-def until(bed, name, command, wanted, timeout_s=60):
-    """Run a command until it prints what is wanted; fail with the last output."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        printed = bed.ssh(name, command, check=False).stdout.strip()
-        if wanted in printed:
-            return printed
-        assert time.monotonic() < deadline, f"{command} on {name} after {timeout_s} s: {printed}"
-        time.sleep(1)
 
 
 # stands in for the driver's tool where the GPU is made up: one GPU, and on it the processes that /run/gpu lists
@@ -118,7 +107,7 @@ def test_firewall_takes_the_cluster_and_ssh_and_nothing_else(cluster, bed):
     bed.ssh("n1", "systemd-run --unit=listener python3 -m http.server 8123")
     probe = "import socket, sys; socket.create_connection((sys.argv[1], 8123), 3)"
     address = bed.machines["n1"].address
-    until(bed, "c1", f"python3 -c '{probe}' {address} && echo open", "open", timeout_s=15)
+    until(bed, "c1", f"python3 -c '{probe}' {address} && echo open", "open")
     # the bridge's own address is no machine of the inventory
     outside = subprocess.run(bed.inside("python3", "-c", probe, address), capture_output=True, text=True)
     assert "timed out" in outside.stderr
@@ -130,7 +119,7 @@ def test_epilog_ends_what_a_job_left_on_its_gpu(cluster, bed):
     script = "setsid --fork tail -f /dev/null &> /dev/null\nuntil pgrep -x tail > /run/gpu; do :; done\n"
     submit(bed, script, "-w n2", "--gres=gpu:1", "--wait")
     assert bed.ssh("n2", "cat /run/gpu").stdout.strip().isdigit()
-    until(bed, "n2", "pgrep -x tail || echo none", "none", timeout_s=20)
+    until(bed, "n2", "pgrep -x tail || echo none", "none")
     assert "IDLE" in bed.ssh("c1", "scontrol show node n2 | grep State").stdout
 
 
@@ -149,11 +138,11 @@ def test_epilog_ends_what_a_job_left_on_its_gpu(cluster, bed):
 def test_sick_machine_is_drained_and_taken_back(cluster, bed, break_it, mend_it, reason):
     bed.ssh("n2", break_it, check=False)
     try:
-        until(bed, "c1", "scontrol show node n2", f"Reason={reason} [", timeout_s=30)
+        until(bed, "c1", "scontrol show node n2", f"Reason={reason} [")
         assert "DRAIN" in bed.ssh("c1", "scontrol show node n2 | grep State").stdout
     finally:
         bed.ssh("n2", mend_it)
-    until(bed, "c1", "sinfo -h -n n2 -o %T", "idle", timeout_s=30)
+    until(bed, "c1", "sinfo -h -n n2 -o %T", "idle")
 
 
 def test_what_a_person_drained_stays_drained(cluster, bed):
@@ -171,11 +160,11 @@ def test_job_of_a_killed_machine_starts_again(cluster, bed):
     until(bed, "c1", shown(bed, job), "JobState=RUNNING")
     until(bed, "n1", "cat /srv/starts", "start")
     bed.kill("n1")
-    until(bed, "c1", "sinfo -h -n n1 -o %T", "down", timeout_s=60)
+    until(bed, "c1", "sinfo -h -n n1 -o %T", "down")
     until(bed, "c1", shown(bed, job), "Restarts=1")
     bed.boot("n1")
     bed.wait("n1")
-    until(bed, "c1", shown(bed, job), "JobState=COMPLETED", timeout_s=120)
+    until(bed, "c1", shown(bed, job), "JobState=COMPLETED")
     assert bed.ssh("n1", "cat /srv/starts").stdout.split() == ["start", "start", "1"]
     until(bed, "c1", "sinfo -h -o '%D %T'", "2 idle")
 
@@ -253,7 +242,7 @@ def test_verify_runs_jobs_and_fails_when_a_gpu_is_missing(cluster, bed, play):
 def test_backup_and_restore_bring_a_lost_queue_back(cluster, bed, play, scratch):
     job = submit(bed, "true\n", "--hold", "--job-name=precious")
     # on a busy machine slurmctld takes longer than the seconds for which the role waits
-    until(bed, "c1", "grep -c precious /var/lib/slurm/slurmctld/job_state", "1")
+    until(bed, "c1", "grep -q precious /var/lib/slurm/slurmctld/job_state && echo saved", "saved")
     backup = scratch / "before"
     play("backup", GROUPS, VARIABLES, "-e", f"ic_backup={backup}")
     assert sorted(path.name for path in (backup / "slurm").iterdir()) == ["accounts.sql.gz", "controller.tgz"]
@@ -284,6 +273,42 @@ def test_machine_that_is_down_is_named_and_a_rerun_completes(cluster, bed, play)
     for name in bed.machines:
         assert "MaxTime=2-00:00:00" in bed.ssh(name, "grep PartitionName /etc/slurm/slurm.conf").stdout
     until(bed, "c1", "sinfo -h -o '%D %T %l'", "2 idle 2-00:00:00")
+
+
+def test_backup_controller_takes_over_and_gives_back(cluster, bed, play):
+    """State on a folder of the host, which both machines see as they would see NFS."""
+    groups = {**GROUPS, "slurm_controllers": ["c1", "n1"]}
+    refused = play("slurm", groups, VARIABLES, "--tags", "slurm", check=False)
+    assert "a backup controller needs slurm_common_state_dir on storage that both see" in " ".join(
+        refused.output.split()
+    )
+    shared = {
+        **VARIABLES,
+        "slurm_common_state_dir": "/shared/slurmctld",
+        "slurm_common_state_shared": True,
+    }
+    play("slurm", groups, shared, "--tags", "slurm")
+    until(bed, "n2", "scontrol ping", "Slurmctld(backup) at n1 is UP")
+    until(bed, "c1", "sinfo -h -o '%D %T'", "2 idle")
+    held = submit(bed, "true\n", "--hold", "--job-name=precious")
+    until(bed, "c1", "grep -q precious /shared/slurmctld/job_state && echo saved", "saved")
+    # without the database, which is c1's, too, the backup reads what the primary knew of the accounts: that is
+    # written every few minutes, and when slurmctld ends
+    bed.ssh("c1", "systemctl restart slurmctld")
+    until(bed, "c1", "scontrol ping", "Slurmctld(primary) at c1 is UP")
+    assert "last_tres" in bed.ssh("c1", "ls /shared/slurmctld").stdout
+    bed.kill("c1")
+    until(bed, "n2", "squeue -h -o %j", "precious")
+    assert "Slurmctld(primary) at c1 is DOWN" in bed.ssh("n2", "scontrol ping", check=False).stdout
+    # the backup is no mere reader: it starts jobs
+    assert bed.ssh("n2", "srun -w n2 hostname", timeout_s=180).stdout.strip() == "n2"
+    later = bed.ssh("n2", "sbatch --parsable --hold --job-name=later --wrap=true").stdout.strip()
+    bed.boot("c1")
+    bed.wait("c1")
+    until(bed, "n2", "scontrol ping", "Slurmctld(primary) at c1 is UP")
+    until(bed, "c1", "squeue -h -S i -o %i", f"{held}\n{later}")
+    again = play("slurm", groups, shared, "--tags", "slurm")
+    assert again.changed == {"c1": 0, "n1": 0, "n2": 0}, again.changed_tasks
 
 
 def test_reset_asks_twice_and_takes_all_away(cluster, bed, play):
