@@ -264,15 +264,6 @@ def test_backup_and_restore_of_a_cluster(three, bed, play, scratch):
     assert calls(bed, "n1") == [["server"]]
 
 
-def test_lost_first_server_joins_those_that_are_left(three, bed, play):
-    bed.ssh("c1", "systemctl stop k3s && rm -rf /etc/rancher /var/lib/rancher /usr/local/bin/k3s")
-    play("k3s", SERVERS, three, *TAGS)
-    # founding again would have made a second cluster beside the first
-    assert config(bed, "c1", "config.yaml.d/10-cluster.yaml") == {
-        "server": f"https://{bed.machines['n1'].address}:6443"
-    }
-
-
 def test_charts_are_handed_over_with_values_for_the_smallest_gpu(three, bed, play, web):
     for host, said in {"n1": "81559, 9.0", "n2": "8192, 7.5"}.items():
         root = bed.machines[host].root
@@ -312,6 +303,39 @@ def test_charts_are_handed_over_with_values_for_the_smallest_gpu(three, bed, pla
     engine = next(item for item in rendered if item["kind"] == "Deployment")
     arguments = engine["spec"]["template"]["spec"]["containers"][0]["args"]
     assert "half" in " ".join(map(str, arguments))
+
+
+def test_verify_runs_a_job_on_a_gpu_and_says_why_it_cannot(three, bed, play):
+    none = play("verify", SERVERS, {**three, "preflight_pci_path": "/srv/nothing"})
+    assert "no machine of K3s has a GPU" in none.output
+    given = {**three, "preflight_pci_path": "/srv/pci-deploy"}
+    # the plugin offers fewer GPUs than the bus shows
+    missing = play("verify", SERVERS, given, check=False)
+    assert missing.recap["c1"]["failed"] == 1
+    bed.ssh("c1", """echo '{"n1": 1, "n2": 1}' > /run/k3s-gpus; truncate -s0 /var/log/k3s-stand-in.jsonl""")
+    played = play("verify", SERVERS, given)
+    assert "n1: NVIDIA H100 80GB HBM3" in played.output
+    assert played.changed["c1"] == 0
+    verbs = [
+        words[1:4] for words in calls(bed, "c1") if words[0] == "kubectl" and words[1:3] != ["get", "node"]
+    ]
+    assert verbs[-1] == ["delete", "job", "ic-verify-n2"]
+    bed.ssh("c1", "echo '0/3 nodes are available: 3 Insufficient nvidia.com/gpu.' > /run/k3s-job-fails")
+    failed = play("verify", SERVERS, given, check=False)
+    text = " ".join(failed.output.split())
+    assert "n1: a pod could not use a GPU (FailureTarget Failed). Log: error: no GPU." in text
+    assert "Pod: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu." in text
+    # removed also then
+    assert bed.ssh("c1", "ls /var/lib/rancher/k3s/server/db/jobs").stdout == ""
+
+
+def test_lost_first_server_joins_those_that_are_left(three, bed, play):
+    bed.ssh("c1", "systemctl stop k3s && rm -rf /etc/rancher /var/lib/rancher /usr/local/bin/k3s")
+    play("k3s", SERVERS, three, *TAGS)
+    # founding again would have made a second cluster beside the first
+    assert config(bed, "c1", "config.yaml.d/10-cluster.yaml") == {
+        "server": f"https://{bed.machines['n1'].address}:6443"
+    }
 
 
 def render(spec, folder):
