@@ -22,6 +22,7 @@ from ic_train.evaluation.perplexity import perplexity_rows, token_losses
 from ic_train.evaluation.records import Records, read_records
 from ic_train.evaluation.report import compare, difference_interval
 from ic_train.evaluation.tasks import TASKS, Plan, all_numbers_in, contexts, first_number_is
+from ic_train.evaluation.wordings import PLAIN
 
 TOKENIZER = build_byte_tokenizer()
 NANO = str(checkpoint_path("ic-nano"))
@@ -222,6 +223,20 @@ def test_wrong_answers_count_as_wrong_and_200_give_a_percentage(tmp_path: Path) 
     report = (tmp_path / "report.md").read_text()
     assert f"| {right}/200 = {right / 2:.1f}% [" in report
     assert "fewer than" not in report
+
+
+def test_a_chat_server_is_asked_in_plain_language_without_a_template(tmp_path: Path) -> None:
+    with ScriptedServer(lambda body: "It is not in the document.") as server:
+        arguments = ["--suite", "absent", "--questions", "4", "--keys-per-context", "2", "--api", "chat"]
+        assert run(server, tmp_path, *arguments) == 0
+    messages = [body["messages"] for body in server.requests]
+    assert len(messages) == 4
+    for message in messages:
+        # the server's own template comes around it
+        assert [part["role"] for part in message] == ["user"]
+        assert message[0]["content"].startswith(PLAIN.before)
+        assert message[0]["content"].endswith("say that it is not in the document.")
+    assert all(record["correct"] for record in answers(tmp_path).values())
 
 
 def test_a_server_that_dies_half_way_loses_and_repeats_nothing(

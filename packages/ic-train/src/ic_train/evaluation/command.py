@@ -26,6 +26,7 @@ from ic_train.evaluation.ruler_tasks import RULER_FILES, RULER_TASKS, RulerPlan
 from ic_train.evaluation.run import PERPLEXITY, SUITES, Run, check_lengths, evaluate
 from ic_train.evaluation.tasks import Plan
 from ic_train.evaluation.trackers import add_report_to, parse_report_to, send_report
+from ic_train.evaluation.wordings import PLAIN
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 _IN_PROCESS = ("dtype", "device", "chunk_tokens")
@@ -209,7 +210,7 @@ async def _in_process(options: argparse.Namespace, suites: list[str], lengths: l
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths(lengths, limit, source=f"max_position_embeddings of {folder.name}")
     labels = {"model": folder.name, "engine": "transformers", "kv_dtype": options.dtype}
-    run = _run(options, suites, lengths, tokenizer, labels, _fingerprint(folder))
+    run = _run(options, suites, lengths, tokenizer, labels, weights_fingerprint(folder))
     engine = InProcess(model, tokenizer, chunk_tokens=options.chunk_tokens)
     return await evaluate(run, engine, model)
 
@@ -254,6 +255,8 @@ def _run(
         num_questions=options.questions,
         keys_per_context=options.keys_per_context,
         seed=options.seed,
+        # a server's chat template is around the message already
+        wording=PLAIN if options.server and options.api == "chat" else None,
     )
     ruler = None
     if any(name in RULER_TASKS for name in suites):
@@ -291,7 +294,7 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fingerprint(folder: Path) -> str:
+def weights_fingerprint(folder: Path) -> str:
     """Tells a checkpoint from a later one of the same name, without reading all of it."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("*.safetensors")):

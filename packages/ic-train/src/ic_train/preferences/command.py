@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ic_train.evaluation.client import ServerError
 from ic_train.evaluation.command import (
-    _fingerprint,
     add_server,
     check_at_least,
     connect,
     parse_lengths,
     report_server_error,
+    weights_fingerprint,
 )
 from ic_train.evaluation.engines import Engine, InProcess, Server
 from ic_train.evaluation.hard_sets import KINDS
@@ -143,7 +143,7 @@ def _in_process(
             f"{model.config.vocab_size}: give the model's own"
         )
     engine = InProcess(model.to(options.device).eval(), tokenizer, chunk_tokens=options.chunk_tokens)
-    return engine, {"model": folder.name, "weights": _fingerprint(folder)}
+    return engine, {"model": folder.name, "weights": weights_fingerprint(folder)}
 
 
 def _tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
