@@ -134,3 +134,16 @@ def test_server_goes_and_comes_back(storage, machines):
     machines.wait("s1")
     until(machines, "s2", "timeout 60 cat /shared/later", "later")
     assert machines.ssh("s1", "ls /srv/shared").stdout.split() == ["by-daemon", "by-root", "later"]
+
+
+def test_second_run_takes_away_what_is_no_longer_shared_and_changes_nothing_else(storage, machines, run):
+    fewer = {**VARIABLES, "shared_storage_folders": VARIABLES["shared_storage_folders"][:1]}
+    second = run("storage", GROUPS, fewer, *TAGS)
+    assert {name.removeprefix("shared_storage : ") for name in second.changed_tasks} == {
+        "Write the exports",
+        "Export",
+        "Stop those that are not wanted",
+        "Remove them",
+    }
+    assert machines.ssh("s2", "findmnt -n -t nfs4 -o TARGET").stdout.split() == ["/shared"]
+    assert "slurm-state" not in machines.ssh("s1", "exportfs -s").stdout
