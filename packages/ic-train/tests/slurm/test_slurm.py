@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openai_server
 import pytest
 from slurm_cluster import Cluster, free_ports, install
-from training_runs import FSDP_ON_CPU, PACKAGE, RECIPE, make_toys, steps_of
+from training_runs import FSDP_ON_CPU, PACKAGE, RECIPES, make_toys, steps_of
 
 from ic_train.checkpoints import COMPLETE
 
@@ -37,8 +38,8 @@ class Jobs:
         return self.cluster.run(*command, *words)
 
     def train(self, output: Path, *more: str, script: str = "several-nodes.sbatch", **options: Any) -> str:
-        flags = ["--model", str(self.toys["model"]), "--corpora", str(self.toys["corpus"])]
-        words = [str(RECIPE), *flags, "--output_dir", str(output), *more]
+        flags = ["--model", str(self.toys["model"]), "--corpora", str(self.toys["corpora"])]
+        words = [str(RECIPES / "text.yaml"), *flags, "--output_dir", str(output), *more]
         # this machine may give out any port to whoever connects
         self.cluster.environment["IC_MASTER_PORT"] = str(free_ports(1)[0])
         return self.submit(script, *words, **options)
@@ -107,15 +108,29 @@ def test_a_sweep_has_a_folder_per_rate_and_the_evaluation_waits_for_it(jobs: Job
     more = ("--max_steps", "2", "--save_strategy", "no")
     sweep = jobs.train(output, *more, script="sweep.sbatch", options=("--array=0-1",))
     waiting = (f"--dependency=afterok:{sweep}",)
-    words = (str(output / "lr-1e-2"), "--context-tokens", "512", "--contexts", "1", "--keys-per-context", "4")
+    model = output / "lr-1e-2"
+    evaluate = ["--suite", "niah", "--lengths", "1k", "--questions", "8", "--keys-per-context", "4"]
+    config = {
+        # reads what it is asked about, as a model would that finds everything
+        "serve": [sys.executable, openai_server.__file__, "{port}"],
+        "evaluate": [*evaluate, "--tokenizer", str(model)],
+        "thresholds": "thresholds.yaml",
+    }
+    settings = jobs.cluster.root / "pipeline"
+    settings.mkdir()
+    # JSON is YAML
+    (settings / "pipeline.yaml").write_text(json.dumps(config))
+    limits = [{"task": "niah", "context_tokens": 1024, "least": 0.6}]
+    (settings / "thresholds.yaml").write_text(json.dumps(limits))
+    words = (str(model), "--config", str(settings / "pipeline.yaml"))
     evaluation = jobs.submit("evaluate.sbatch", *words, options=waiting)
     assert jobs.cluster.state_of(evaluation) == "PENDING"
     jobs.cluster.wait_until_done(evaluation, PATIENCE_S)
     rates = {rate: steps_of(output / f"lr-{rate}") for rate in ("1e-3", "1e-2")}
     assert rates["1e-3"][0]["loss"] == rates["1e-2"][0]["loss"]
     assert max(step["learning_rate"] for step in rates["1e-2"]) == pytest.approx(1e-2)
-    (result,) = (output / "lr-1e-2" / "results").glob("*/result.json")
-    assert json.loads(result.read_text())["rows"][0]["context_tokens"] == 512
+    report = json.loads((model / "pipeline" / "evaluation" / "report.json").read_text())
+    assert [(row["task"], row["correct"], row["total"]) for row in report["rows"]] == [("niah", 8, 8)]
 
 
 def accumulate(steps: int) -> tuple[str, str]:
