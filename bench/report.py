@@ -22,6 +22,7 @@ from typing import Any
 
 from ic_model.ops import aot
 from ic_train.evaluation.passkey import wilson_interval
+from ic_train.evaluation.report import difference_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -261,6 +262,26 @@ def aot_table(rows: Sequence[Row]) -> str:
     return aot.table(chosen)
 
 
+def preferences_table(rows: Sequence[Row]) -> str:
+    """Right answers before and after preference training, with the 95 % interval of the gain by Newcombe."""
+    newest = {(row["model"], row["task"], row["context_tokens"]): row for row in rows}
+    lines = [
+        "| task | context, tokens | before | after | gain (95 %) | lost, won | trained at | device | result |",
+        "|---|---:|---:|---:|---|---:|---|---|---|",
+    ]
+    for row in newest.values():
+        asked = row["asked"]
+        before, after = (row["right_before"], asked), (row["right_after"], asked)
+        low, high = difference_interval(before, after)
+        gain = (row["right_after"] - row["right_before"]) / asked
+        lines.append(
+            f"| {row['task']} | {row['context_tokens']:,} | {before[0]} of {asked} | {after[0]} of {asked} | "
+            f"{gain:+.1%} [{low:+.1%}, {high:+.1%}] | {row['only_before']}, {row['only_after']} | "
+            f"{row['longest_pair_tokens']:,} tokens | {row['gpu']} | `{row['result']}` |"
+        )
+    return "\n".join(lines)
+
+
 # name in the mark: (fields that its rows have, the table)
 TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "retrieval": (frozenset({*_RETRIEVAL_KEY, "correct", "total"}), retrieval_table),
@@ -268,6 +289,7 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
     "conversion": (CONVERSION_FIELDS, conversion_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
+    "preferences": (frozenset({"task", "asked", "right_before", "right_after"}), preferences_table),
 }
 
 

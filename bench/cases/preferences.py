@@ -1,0 +1,107 @@
+"""What preference training changed: two evaluations of `ic-train evaluate`, question by question, as one result.
+
+    python -m bench.cases.preferences runs/before/evaluation runs/after/evaluation --training runs/after
+
+Both have to be of the same settings but for the weights. Rows hold counts, and how many questions each of the two
+alone got right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ic_train.evaluation.report import read_report
+from ic_train.results import new_result_folder, write_result
+
+TOPIC = "preferences"
+# of the run, into every row
+_TRAINED = ("objective", "training_pairs", "pairs_per_step")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cases.preferences", description=__doc__)
+    parser.add_argument("before", type=Path, help="--out of the evaluation before")
+    parser.add_argument("after", type=Path, help="--out of the evaluation after")
+    parser.add_argument(
+        "--training", type=Path, required=True, metavar="DIR", help="output folder of ic_train.dpo"
+    )
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    try:
+        rows = compared(options.before, options.after, options.training)
+        folder = new_result_folder(options.results, TOPIC)
+        write_result(folder, TOPIC, rows)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for row in rows:
+        print(
+            f"{row['task']:12} {row['context_tokens']:>9,} tokens  "
+            f"{row['right_before']:>4} -> {row['right_after']:>4} of {row['asked']}"
+        )
+    print(f"written: {folder}")
+    return 0
+
+
+def compared(before: Path, after: Path, training: Path) -> list[dict[str, Any]]:
+    """A row per task and length that both have.
+
+    Args:
+        before: folder of an evaluation.
+        after: the same questions, put to the trained model.
+        training: output folder of the run.
+
+    Raises:
+        ValueError: the evaluations asked different questions, or a folder is not what it should be.
+    """
+    record_file = training / "training.json"
+    if not record_file.is_file():
+        raise ValueError(f"--training is {str(training)!r}, which has no training.json")
+    record = json.loads(record_file.read_text())
+    shared = {name: record["identity"][name] for name in _TRAINED} | {
+        "longest_pair_tokens": record["longest_pair_tokens"],
+        "training_wall_s": record["wall_s"],
+    }
+    found = {
+        place: {(row["task"], row["context_tokens"]): row for row in read_report(folder)}
+        for place, folder in (("before", before), ("after", after))
+    }
+    rows = []
+    for case, first in found["before"].items():
+        if (second := found["after"].get(case)) is None or "correct" not in first:
+            continue
+        answers = [{sample["id"]: sample for sample in row["samples"]} for row in (first, second)]
+        asked = [
+            {name: (one["question"], one["reference"]) for name, one in part.items()} for part in answers
+        ]
+        if asked[0] != asked[1]:
+            raise ValueError(f"{case[0]} at {case[1]} tokens: {before} and {after} asked different questions")
+        right = [{name: bool(one["correct"]) for name, one in part.items()} for part in answers]
+        rows.append(
+            {
+                "model": first["model"],
+                "engine": first["engine"],
+                "kv_dtype": first["kv_dtype"],
+                "task": case[0],
+                "context_tokens": case[1],
+                "asked": len(asked[0]),
+                "right_before": sum(right[0].values()),
+                "right_after": sum(right[1].values()),
+                "only_before": sum(right[0][name] and not right[1][name] for name in right[0]),
+                "only_after": sum(right[1][name] and not right[0][name] for name in right[0]),
+                **shared,
+            }
+        )
+    if not rows:
+        raise ValueError(f"{before} and {after} have no task and length in common")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

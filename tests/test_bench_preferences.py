@@ -1,0 +1,62 @@
+"""Two evaluations become one result, and its table."""
+
+import json
+
+import pytest
+
+from bench.cases import preferences
+from bench.report import load_rows, preferences_table
+
+IDENTITY = {"objective": "dpo", "training_pairs": 8, "pairs_per_step": 4}
+RECORD = {"identity": IDENTITY, "longest_pair_tokens": 1000, "wall_s": 3.0}
+
+
+def _evaluation(folder, right, question="who?"):
+    samples = [
+        {"id": f"absent-{number}", "question": question, "reference": "", "correct": one}
+        for number, one in enumerate(right)
+    ]
+    row = {"model": "m", "engine": "e", "kv_dtype": "float32", "task": "absent", "context_tokens": 4096}
+    row |= {"correct": sum(right), "total": len(right), "samples": samples}
+    other = row | {"context_tokens": 8192} if folder.name == "before" else row | {"task": "niah"}
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({"rows": [row, other]}))
+    return str(folder)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    (tmp_path / "training.json").write_text(json.dumps(RECORD))
+    return ["--training", str(tmp_path), "--results", str(tmp_path / "results")]
+
+
+def test_right_answers_are_counted_question_by_question(tmp_path, trained, capsys):
+    words = [
+        _evaluation(tmp_path / "before", [True, False, False, False]),
+        _evaluation(tmp_path / "after", [False, True, True, False]),
+    ]
+    assert preferences.main([*words, *trained]) == 0
+    assert "1 ->    2 of 4" in capsys.readouterr().out
+    (row,) = load_rows(tmp_path / "results")
+    assert (row["asked"], row["right_before"], row["right_after"]) == (4, 1, 2)
+    assert (row["only_before"], row["only_after"]) == (1, 2)
+    assert (row["objective"], row["longest_pair_tokens"]) == ("dpo", 1000)
+    table = preferences_table([row]).splitlines()
+    assert len(table) == 3
+    # Newcombe's method by hand: 1/4 and 2/4 with their Wilson intervals [0.0456, 0.6994] and [0.1500, 0.8500]
+    assert "| 1 of 4 | 2 of 4 | +25.0% [-32.0%, +65.5%] | 1, 2 |" in table[2]
+
+
+def test_other_questions_are_refused(tmp_path, trained, capsys):
+    words = [
+        _evaluation(tmp_path / "before", [True]),
+        _evaluation(tmp_path / "after", [True], question="where?"),
+    ]
+    assert preferences.main([*words, *trained]) == 2
+    assert "asked different questions" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path, capsys):
+    words = [_evaluation(tmp_path / "before", [True]), _evaluation(tmp_path / "after", [True])]
+    assert preferences.main([*words, "--training", str(tmp_path)]) == 2
+    assert "has no training.json" in capsys.readouterr().err
