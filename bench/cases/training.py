@@ -3,6 +3,7 @@
     python -m bench.cases.training                                  # ic-1b on this GPU, ours beside PyTorch's
     python -m bench.cases.training --lengths 196608,262144 --implementations ours    # the longest that fits
     python -m bench.cases.training --gpus 8 --lengths 131072,524288,1048576 --implementations ours     # a ring
+    python -m bench.cases.training --gpus 8 --ring 1 --lengths 8192 --implementations ours    # FSDP2 over 8
     python -m bench.cases.training --model ic-nano --toy            # two steps on the CPU: shows that it works
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
@@ -81,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     names = ", ".join(SETTINGS["implementations"])
     add("--implementations", default=",".join(IMPLEMENTATIONS), help=f"with commas between, of {names}")
     add("--corpus", help="folder that `ic-train data text` made (default: the Jargon File, in bytes)")
-    add("--gpus", type=int, default=1, help="that share each sequence, by ring attention (default: 1)")
+    add("--gpus", type=int, default=1, help="that train together; weights are sharded over all (default: 1)")
+    add("--ring", type=int, default=0, help="of them share each sequence, by ring attention (default: all)")
     add("--limit-s", type=float, default=540, help="start no case that may end after so many seconds")
     add("--case-s", type=float, default=45, help="seconds that have to be left for a case to start")
     add("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the result's folder")
@@ -99,6 +101,8 @@ def _cases(options: argparse.Namespace) -> list[tuple[int, str]]:
             raise ValueError(f"--implementations has {name!r}; accepted: {accepted}")
     if options.gpus < 1:
         raise ValueError(f"--gpus is {options.gpus}; it must be at least 1")
+    if options.ring < 0 or (options.ring and options.gpus % options.ring):
+        raise ValueError(f"--ring is {options.ring}; it must divide --gpus, {options.gpus}")
     if options.toy:
         return [(length, name) for name in names for length in TOY_LENGTHS]
     lengths = options.lengths.split(",")
@@ -135,7 +139,7 @@ def _command(options: argparse.Namespace, length: int, name: str, corpus: Path, 
         "save_strategy": "no",
         "save_final_model": "false",
         "report_to": "none",
-        "context_parallel_size": options.gpus,
+        "context_parallel_size": options.ring or options.gpus,
         "disable_tqdm": "true",
     }
     flags |= {"use_cpu": "true"} if options.toy else {"bf16": "true", "optim": "adamw_torch_fused"}
@@ -159,7 +163,7 @@ def _run(
     # long sequences come in few sizes and leave holes
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     row: dict[str, Any] = {"model": Path(options.model).name, "tokens_per_sequence": length, "impl": name}
-    row["gpus"] = options.gpus
+    row |= {"gpus": options.gpus, "ring": options.ring or options.gpus}
     row["flags"] = " ".join(command[command.index("ic_train.sft") + 1 :]).replace(str(scratch), "SCRATCH")
     began = time.monotonic()
     with subprocess.Popen(
@@ -187,6 +191,7 @@ def _run(
         if samples:
             middle = statistics.mean if field == "gpu_util" else statistics.median
             row[field] = round(middle(samples), 4)
+    row["tokens_per_s_per_gpu"] = round(row["tokens_per_s"] / options.gpus, 1)
     row["peak_gib"] = windows[-1].get("peak_gib")
     # the same for every number of GPUs and every implementation, to rounding
     row["losses"] = [round(window["loss"], 5) for window in windows]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from bench.cases import training
+from bench.report import ROOT
 from training_runs import make_toys
 
 
@@ -46,6 +49,42 @@ def test_a_ring_takes_the_nodes_launcher_and_shares_the_sequence() -> None:
     assert any(word.endswith("one-node.yaml") for word in command)
 
 
+def test_gpus_without_a_ring_have_sequences_of_their_own() -> None:
+    options = training._parser().parse_args(["--gpus", "8", "--ring", "1"])
+    command = training._command(options, 8192, "ours", Path("corpus"), Path("out"))
+    assert command[command.index("--num_processes") + 1] == "8"
+    assert command[command.index("--context_parallel_size") + 1] == "1"
+
+
+def test_links_are_measured_between_processes(tmp_path: Path) -> None:
+    words = [
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "bench.cases.links",
+        "--toy",
+        "--tokens",
+        "64,4096",
+        "--repeats",
+        "3",
+    ]
+    finished = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--results", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    lines = finished.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["link", "rows", "rows"]
+    # 4,096 tokens over two processes, 320 numbers of 16 bits each
+    assert "1.2 MiB a step" in lines[2]
+    assert not list(tmp_path.iterdir()), "a toy is no result"
+
+
 @pytest.mark.parametrize(
     ("said", "out_of_memory"),
     [("error: model is 'no-such-model'", False), ("torch.OutOfMemoryError: CUDA out of memory.", True)],
@@ -55,7 +94,7 @@ def test_what_did_not_run_has_its_reason_and_no_number(
 ) -> None:
     program = [sys.executable, "-c", f"import sys; print({said!r}); sys.exit(1)", "ic_train.sft"]
     monkeypatch.setattr(training, "_command", lambda *_: program)
-    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1)
+    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0)
     row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=60)
     assert row["error"] == said and row["out_of_memory"] == out_of_memory
     assert "tokens_per_s" not in row
@@ -64,7 +103,7 @@ def test_what_did_not_run_has_its_reason_and_no_number(
 def test_a_case_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = [sys.executable, "-c", "import time; time.sleep(60)", "ic_train.sft"]
     monkeypatch.setattr(training, "_command", lambda *_: program)
-    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1)
+    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0)
     assert training._run(options, 256, "ours", tmp_path, tmp_path, left_s=1)["error"] == "error: no time left"
 
 
@@ -73,6 +112,7 @@ def test_a_case_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     [
         (["--implementations", "fast"], "--implementations has 'fast'; accepted: ours"),
         (["--lengths", "5"], "--lengths has '5'; accepted: 4096"),
+        (["--gpus", "8", "--ring", "3"], "--ring is 3; it must divide --gpus, 8"),
         (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
     ],
 )
