@@ -43,8 +43,14 @@ def wrong_answer(asked: Asked, wording: Wording, fault: str, rng: np.random.Gene
     if fault == "distractor":
         return _stating(asked.others[int(rng.integers(len(asked.others)))], wording)
     if fault == "outdated":
-        assert asked.outdated is not None, "only a corrected fact has an outdated value"
-        return _stating(asked.outdated, wording)
+        assert asked.fact is not None and asked.outdated is not None, (
+            "only a corrected fact has an outdated value"
+        )
+        # quoted from the correction, its values exchanged: by the first sentence, which has no "Correction", answers
+        # could be told apart without a look at their values
+        new, old = asked.fact.value, asked.outdated.value
+        sentence = re.sub(f"{new}|{old}", lambda match: old if match[0] == new else new, asked.fact.sentence)
+        return wording.answer.format(digits=old, quote=sentence.strip())
     known = {fact.value for fact in asked.facts}
     if fault == "truncated":
         assert asked.fact is not None, "what is not there cannot be truncated"
