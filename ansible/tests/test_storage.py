@@ -147,3 +147,14 @@ def test_second_run_takes_away_what_is_no_longer_shared_and_changes_nothing_else
     }
     assert machines.ssh("s2", "findmnt -n -t nfs4 -o TARGET").stdout.split() == ["/shared"]
     assert "slurm-state" not in machines.ssh("s1", "exportfs -s").stdout
+
+
+def test_reset_leaves_what_is_in_the_folders(storage, machines, run):
+    run("reset", GROUPS, VARIABLES, "-e", "ic_reset=inventory")
+    assert machines.ssh("s2", "findmnt -n -o TARGET /shared", check=False).stdout == ""
+    for name in machines.machines:
+        left = machines.ssh(
+            name, "command -v exportfs mount.nfs4; ls /etc/systemd/system/*mount", check=False
+        )
+        assert left.stdout == ""
+    assert machines.ssh("s1", "cat /srv/shared/by-daemon").stdout == "hello\n"

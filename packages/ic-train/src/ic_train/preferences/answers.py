@@ -46,7 +46,7 @@ def wrong_answer(asked: Asked, wording: Wording, fault: str, rng: np.random.Gene
         assert asked.fact is not None and asked.outdated is not None, (
             "only a corrected fact has an outdated value"
         )
-        # quoted from the correction, its values exchanged: by the first sentence, which has no "Correction", answers
+        # quoted from the correction, its values exchanged: by the first sentence, without "Correction", answers
         # could be told apart without a look at their values
         new, old = asked.fact.value, asked.outdated.value
         sentence = re.sub(f"{new}|{old}", lambda match: old if match[0] == new else new, asked.fact.sentence)
