@@ -264,20 +264,28 @@ def aot_table(rows: Sequence[Row]) -> str:
 
 def preferences_table(rows: Sequence[Row]) -> str:
     """Right answers before and after preference training, with the 95 % interval of the gain by Newcombe."""
-    newest = {(row["model"], row["task"], row["context_tokens"]): row for row in rows}
+    newest = {(row["model"], row["task"], row["context_tokens"], row.get("to_tokens")): row for row in rows}
     lines = [
         "| task | context, tokens | before | after | gain (95 %) | lost, won | trained at | device | result |",
         "|---|---:|---:|---:|---|---:|---|---|---|",
     ]
     for row in newest.values():
+        trained = f"{row['longest_pair_tokens']:,} tokens | {row['gpu']} | `{row['result']}` |"
+        if row["task"] == "perplexity":
+            before, after = (
+                f"{row[f'perplexity_{place}']:.2f} [{row[f'low_{place}']:.2f}, {row[f'high_{place}']:.2f}]"
+                for place in ("before", "after")
+            )
+            span = f"perplexity, tokens {row['from_tokens']:,} to {row['to_tokens']:,}"
+            lines.append(f"| {span} | {row['context_tokens']:,} | {before} | {after} | | | {trained}")
+            continue
         asked = row["asked"]
         before, after = (row["right_before"], asked), (row["right_after"], asked)
         low, high = difference_interval(before, after)
         gain = (row["right_after"] - row["right_before"]) / asked
         lines.append(
             f"| {row['task']} | {row['context_tokens']:,} | {before[0]} of {asked} | {after[0]} of {asked} | "
-            f"{gain:+.1%} [{low:+.1%}, {high:+.1%}] | {row['only_before']}, {row['only_after']} | "
-            f"{row['longest_pair_tokens']:,} tokens | {row['gpu']} | `{row['result']}` |"
+            f"{gain:+.1%} [{low:+.1%}, {high:+.1%}] | {row['only_before']}, {row['only_after']} | {trained}"
         )
     return "\n".join(lines)
 
@@ -289,7 +297,7 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
     "conversion": (CONVERSION_FIELDS, conversion_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
-    "preferences": (frozenset({"task", "asked", "right_before", "right_after"}), preferences_table),
+    "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
 }
 
 

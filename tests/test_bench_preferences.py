@@ -8,7 +8,7 @@ from bench.cases import preferences
 from bench.report import load_rows, preferences_table
 
 IDENTITY = {"objective": "dpo", "training_pairs": 8, "pairs_per_step": 4}
-RECORD = {"identity": IDENTITY, "longest_pair_tokens": 1000, "wall_s": 3.0}
+RECORD = {"identity": IDENTITY, "longest_pair_tokens": 1000, "wall_s": 3.0, "commit": "c"}
 
 
 def _evaluation(folder, right, question="who?"):
@@ -19,9 +19,12 @@ def _evaluation(folder, right, question="who?"):
     row = {"model": "m", "engine": "e", "kv_dtype": "float32", "task": "absent", "context_tokens": 4096}
     row |= {"correct": sum(right), "total": len(right), "samples": samples}
     other = row | {"context_tokens": 8192} if folder.name == "before" else row | {"task": "niah"}
+    read = {"task": "perplexity", "context_tokens": 512, "from_tokens": 0, "to_tokens": 512}
+    read |= {"perplexity": 2.0 + len(question), "low": 1.5, "high": 9.0}
+    read |= {name: row[name] for name in ("model", "engine", "kv_dtype")}
     folder.mkdir()
-    (folder / "report.json").write_text(json.dumps({"rows": [row, other]}))
-    return str(folder)
+    (folder / "report.json").write_text(json.dumps({"rows": [row, other, read]}))
+    return [f"--{folder.name}", str(folder)]
 
 
 @pytest.fixture
@@ -32,31 +35,33 @@ def trained(tmp_path):
 
 def test_right_answers_are_counted_question_by_question(tmp_path, trained, capsys):
     words = [
-        _evaluation(tmp_path / "before", [True, False, False, False]),
-        _evaluation(tmp_path / "after", [False, True, True, False]),
+        *_evaluation(tmp_path / "before", [True, False, False, False]),
+        *_evaluation(tmp_path / "after", [False, True, True, False]),
     ]
     assert preferences.main([*words, *trained]) == 0
     assert "1 ->    2 of 4" in capsys.readouterr().out
-    (row,) = load_rows(tmp_path / "results")
+    row, read = load_rows(tmp_path / "results")
     assert (row["asked"], row["right_before"], row["right_after"]) == (4, 1, 2)
     assert (row["only_before"], row["only_after"]) == (1, 2)
     assert (row["objective"], row["longest_pair_tokens"]) == ("dpo", 1000)
-    table = preferences_table([row]).splitlines()
-    assert len(table) == 3
+    assert (row["training_commit"], read["perplexity_after"]) == ("c", 6.0)
+    table = preferences_table([row, read]).splitlines()
+    assert len(table) == 4
+    assert "| perplexity, tokens 0 to 512 | 512 | 6.00 [1.50, 9.00] | 6.00 [1.50, 9.00] |" in table[3]
     # Newcombe's method by hand: 1/4 and 2/4 with their Wilson intervals [0.0456, 0.6994] and [0.1500, 0.8500]
     assert "| 1 of 4 | 2 of 4 | +25.0% [-32.0%, +65.5%] | 1, 2 |" in table[2]
 
 
 def test_other_questions_are_refused(tmp_path, trained, capsys):
     words = [
-        _evaluation(tmp_path / "before", [True]),
-        _evaluation(tmp_path / "after", [True], question="where?"),
+        *_evaluation(tmp_path / "before", [True]),
+        *_evaluation(tmp_path / "after", [True], question="where?"),
     ]
     assert preferences.main([*words, *trained]) == 2
     assert "asked different questions" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path, capsys):
-    words = [_evaluation(tmp_path / "before", [True]), _evaluation(tmp_path / "after", [True])]
+    words = [*_evaluation(tmp_path / "before", [True]), *_evaluation(tmp_path / "after", [True])]
     assert preferences.main([*words, "--training", str(tmp_path)]) == 2
     assert "has no training.json" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """What preference training changed: two evaluations of `ic-train evaluate`, question by question, as one result.
 
-    python -m bench.cases.preferences runs/before/evaluation runs/after/evaluation --training runs/after
+    python -m bench.cases.preferences --before before/evaluation --after after/evaluation --training after
 
-Both have to be of the same settings but for the weights. Rows hold counts, and how many questions each of the two
-alone got right.
+They have to ask the same questions. Rows hold counts, and how many questions each of the two alone got right; with
+perplexity, where both measured it, the mean and its interval.
 """
 
 from __future__ import annotations
@@ -26,8 +26,15 @@ _TRAINED = ("objective", "training_pairs", "pairs_per_step")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print and write the result."""
     parser = argparse.ArgumentParser(prog="python -m bench.cases.preferences", description=__doc__)
-    parser.add_argument("before", type=Path, help="--out of the evaluation before")
-    parser.add_argument("after", type=Path, help="--out of the evaluation after")
+    for place in ("before", "after"):
+        parser.add_argument(
+            f"--{place}",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="DIR",
+            help=f"--out of evaluations {place} training",
+        )
     parser.add_argument(
         "--training", type=Path, required=True, metavar="DIR", help="output folder of ic_train.dpo"
     )
@@ -41,19 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for row in rows:
-        print(
-            f"{row['task']:12} {row['context_tokens']:>9,} tokens  "
-            f"{row['right_before']:>4} -> {row['right_after']:>4} of {row['asked']}"
-        )
+        if row["task"] == "perplexity":
+            change = (
+                f"{row['perplexity_before']:.2f} -> {row['perplexity_after']:.2f}, to {row['to_tokens']:,}"
+            )
+        else:
+            change = f"{row['right_before']:>4} -> {row['right_after']:>4} of {row['asked']}"
+        print(f"{row['task']:12} {row['context_tokens']:>9,} tokens  {change}")
     print(f"written: {folder}")
     return 0
 
 
-def compared(before: Path, after: Path, training: Path) -> list[dict[str, Any]]:
+def compared(before: Sequence[Path], after: Sequence[Path], training: Path) -> list[dict[str, Any]]:
     """A row per task and length that both have.
 
     Args:
-        before: folder of an evaluation.
+        before: folders of evaluations.
         after: the same questions, put to the trained model.
         training: output folder of the run.
 
@@ -67,40 +77,50 @@ def compared(before: Path, after: Path, training: Path) -> list[dict[str, Any]]:
     shared = {name: record["identity"][name] for name in _TRAINED} | {
         "longest_pair_tokens": record["longest_pair_tokens"],
         "training_wall_s": record["wall_s"],
+        "training_commit": record["commit"],
     }
     found = {
-        place: {(row["task"], row["context_tokens"]): row for row in read_report(folder)}
-        for place, folder in (("before", before), ("after", after))
+        place: {_case(row): row for folder in folders for row in read_report(folder)}
+        for place, folders in (("before", before), ("after", after))
     }
     rows = []
     for case, first in found["before"].items():
-        if (second := found["after"].get(case)) is None or "correct" not in first:
+        if (second := found["after"].get(case)) is None:
             continue
-        answers = [{sample["id"]: sample for sample in row["samples"]} for row in (first, second)]
-        asked = [
-            {name: (one["question"], one["reference"]) for name, one in part.items()} for part in answers
-        ]
-        if asked[0] != asked[1]:
-            raise ValueError(f"{case[0]} at {case[1]} tokens: {before} and {after} asked different questions")
-        right = [{name: bool(one["correct"]) for name, one in part.items()} for part in answers]
-        rows.append(
-            {
-                "model": first["model"],
-                "engine": first["engine"],
-                "kv_dtype": first["kv_dtype"],
-                "task": case[0],
-                "context_tokens": case[1],
-                "asked": len(asked[0]),
-                "right_before": sum(right[0].values()),
-                "right_after": sum(right[1].values()),
-                "only_before": sum(right[0][name] and not right[1][name] for name in right[0]),
-                "only_after": sum(right[1][name] and not right[0][name] for name in right[0]),
-                **shared,
-            }
-        )
+        labels = {name: first[name] for name in ("model", "engine", "kv_dtype", "task", "context_tokens")}
+        counts = _perplexities if first["task"] == "perplexity" else _counts
+        rows.append({**labels, **counts(first, second), **shared})
     if not rows:
-        raise ValueError(f"{before} and {after} have no task and length in common")
+        raise ValueError("--before and --after have no task and length in common")
     return rows
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("task", "context_tokens", "from_tokens", "to_tokens"))
+
+
+def _perplexities(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    found = {name: first[name] for name in ("from_tokens", "to_tokens")}
+    for place, row in (("before", first), ("after", second)):
+        found |= {f"{name}_{place}": row[name] for name in ("perplexity", "low", "high")}
+    return found
+
+
+def _counts(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    answers = [{sample["id"]: sample for sample in row["samples"]} for row in (first, second)]
+    asked = [{name: (one["question"], one["reference"]) for name, one in part.items()} for part in answers]
+    if asked[0] != asked[1]:
+        raise ValueError(
+            f"{first['task']} at {first['context_tokens']} tokens: --before and --after asked different questions"
+        )
+    right = [{name: bool(one["correct"]) for name, one in part.items()} for part in answers]
+    return {
+        "asked": len(asked[0]),
+        "right_before": sum(right[0].values()),
+        "right_after": sum(right[1].values()),
+        "only_before": sum(right[0][name] and not right[1][name] for name in right[0]),
+        "only_after": sum(right[1][name] and not right[0][name] for name in right[0]),
+    }
 
 
 if __name__ == "__main__":
