@@ -87,7 +87,7 @@ def _licence(package: str) -> str:
     classified = [
         line.split(" :: ")[-1] for line in about.get_all("Classifier") or [] if "License ::" in line
     ]
-    # not by index: the backport of importlib.metadata, where something has imported it, raises for what is not there
+    # not by index: the backport of importlib.metadata, once imported, raises for what is not there
     expression, free = (" ".join(about.get_all(name) or []) for name in ("License-Expression", "License"))
     stated = expression or " AND ".join(classified) or free or "unstated"
     # some packages put the whole text there
