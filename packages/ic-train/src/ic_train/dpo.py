@@ -129,6 +129,11 @@ def check(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
         raise ValueError(f"objective is {arguments.objective!r}; accepted: {', '.join(OBJECTIVES)}")
     if arguments.alignment_weight < 0:
         raise ValueError(f"alignment_weight is {arguments.alignment_weight}; it must be at least 0")
+    if arguments.objective != "solopo" and arguments.alignment_weight != PreferenceArguments.alignment_weight:
+        raise ValueError(
+            f"alignment_weight is {arguments.alignment_weight}; it has no effect with objective "
+            f"{arguments.objective!r}: leave it out"
+        )
     if arguments.validation_pairs < 0:
         raise ValueError(f"validation_pairs is {arguments.validation_pairs}; it must be at least 0")
     validates = str(training.eval_strategy.value) != "no"
@@ -217,7 +222,7 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
         train_dataset=parts["training"],
         eval_dataset=parts.get("validation"),
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
-        data_collator=PairCollator(pairs, arguments.objective, pairs.kinds),
+        data_collator=PairCollator(pairs, arguments.objective),
         peft_config=lora_config(model, arguments.of_model()) if arguments.lora_rank else None,
         callbacks=[stop, LocalMetrics()],
     )

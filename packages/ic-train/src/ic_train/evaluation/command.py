@@ -203,7 +203,7 @@ def _refuse_idle_options(options: argparse.Namespace, parser: argparse.ArgumentP
 async def _in_process(options: argparse.Namespace, suites: list[str], lengths: list[int]) -> str:
     if not options.model:
         raise ValueError("MODEL is missing; give a checkpoint folder, ic-nano, or --server URL")
-    folder = _checkpoint(options.model)
+    folder = checkpoint_folder(options.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
     model = model.to(options.device).eval()
@@ -306,14 +306,19 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _checkpoint(name: str) -> Path:
+def checkpoint_folder(name: str) -> Path:
+    """A folder by its path, or the embedded checkpoint of that name.
+
+    Raises:
+        ValueError: it is neither.
+    """
     return Path(name) if Path(name).is_dir() else checkpoint_path(name)
 
 
 def _tokenizer_folder(options: argparse.Namespace, served: ServedModel) -> Path:
     """Where the served model's tokenizer lies; contexts are measured with it."""
     try:
-        return _checkpoint(options.tokenizer or served.name)
+        return checkpoint_folder(options.tokenizer or served.name)
     except ValueError as error:
         raise ValueError(
             f"--tokenizer is {options.tokenizer!r} and the served model is {served.name!r}; "

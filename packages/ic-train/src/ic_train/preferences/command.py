@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ic_model import checkpoint_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ic_train.evaluation.client import ServerError
 from ic_train.evaluation.command import (
     add_server,
     check_at_least,
+    checkpoint_folder,
     connect,
     parse_lengths,
     report_server_error,
@@ -133,7 +133,7 @@ async def _make(
 def _in_process(
     options: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, ...]
 ) -> tuple[Engine, dict[str, str | None]]:
-    folder = _checkpoint(options.model)
+    folder = checkpoint_folder(options.model)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths(lengths, limit, source=f"max_position_embeddings of {folder.name}")
@@ -151,14 +151,10 @@ def _tokenizer(options: argparse.Namespace) -> PreTrainedTokenizerBase:
     if not name:
         raise ValueError("--tokenizer is missing; give the folder of the model or of its tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(_checkpoint(name))
+        return AutoTokenizer.from_pretrained(checkpoint_folder(name))
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"--tokenizer is {name!r}; it cannot be read: {first}") from None
-
-
-def _checkpoint(name: str) -> Path:
-    return Path(name) if Path(name).is_dir() else checkpoint_path(name)
 
 
 def _refuse_idle_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -9,41 +9,19 @@ Letters: P pairs of a batch, T tokens of its longest row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from ic_train.preferences.store import Preferences
+from ic_train.preferences.store import Pair, Preferences
 from ic_train.trainers.restartable import Restartable
 
 OBJECTIVES = ("dpo", "solopo", "longpo")
 # rows of a second prompt stand in a batch under these prefixes
 LONG, REFERENCE = "long_", "reference_"
-
-
-def rows(prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Prompts with their answers, padded on the right.
-
-    Args:
-        prompts: token ids.
-        answers: token ids, as many.
-
-    Returns:
-        `input_ids`, `attention_mask` and `completion_mask` (1 where a token is of the answer), each `[rows, T]`
-        int64.
-    """
-    made: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.from_numpy(np.concatenate((prompt, answer)).astype(np.int64))
-        made["input_ids"].append(ids)
-        made["attention_mask"].append(torch.ones_like(ids))
-        made["completion_mask"].append((torch.arange(len(ids)) >= len(prompt)).long())
-    return {name: pad_sequence(parts, batch_first=True) for name, parts in made.items()}
 
 
 class PairCollator:
@@ -52,13 +30,14 @@ class PairCollator:
     Args:
         pairs: all.
         objective: one of OBJECTIVES.
-        kinds: names of the kinds of pairs; a batch has their places.
     """
 
-    def __init__(self, pairs: Preferences, objective: str, kinds: Sequence[str]) -> None:
+    def __init__(self, pairs: Preferences, objective: str) -> None:
         self.pairs = pairs
         self.objective = objective
-        self.kinds = list(kinds)
+        self.kinds = pairs.kinds
+        # any token pads: neither attention nor loss sees it
+        self._rows = DataCollatorForPreference(pad_token_id=0)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch.
@@ -72,20 +51,32 @@ class PairCollator:
             chosen answers behind the whole contexts, `[P, T]`; `kinds` `[P]`; the reference's log-probabilities.
         """
         pairs = [self.pairs[example["pair"]] for example in examples]
-        whole, short = [pair.prompt_ids for pair in pairs], [pair.short_prompt_ids for pair in pairs]
-        chosen, rejected = [pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs]
-        learnt = short if self.objective == "solopo" else whole
-        batch = rows(learnt + learnt, chosen + rejected)
+        learnt = "short_prompt_ids" if self.objective == "solopo" else "prompt_ids"
+        batch = self._of(pairs, learnt, examples)
         batch["kinds"] = torch.tensor([self.kinds.index(pair.kind) for pair in pairs])
         if self.objective == "solopo":
-            batch |= {LONG + name: part for name, part in rows(whole, chosen).items()}
-        known = "ref_chosen_logps" in examples[0]
-        if self.objective == "longpo" and not known:
-            batch |= {REFERENCE + name: part for name, part in rows(short + short, chosen + rejected).items()}
-        if known:
-            for name in ("ref_chosen_logps", "ref_rejected_logps"):
-                batch[name] = torch.tensor([example[name] for example in examples])
+            whole = self._of(pairs, "prompt_ids")
+            batch |= {LONG + name: part[: len(pairs)] for name, part in whole.items()}
+        if self.objective == "longpo" and "ref_chosen_logps" not in examples[0]:
+            batch |= {REFERENCE + name: part for name, part in self._of(pairs, "short_prompt_ids").items()}
         return batch
+
+    def _of(
+        self, pairs: list[Pair], prompt: str, examples: list[dict[str, Any]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """TRL's rows of pairs behind one of their prompts, with what the examples know of the reference."""
+        known = examples or [{}] * len(pairs)
+        return self._rows(
+            [
+                {
+                    "prompt_ids": getattr(pair, prompt).tolist(),
+                    "chosen_ids": pair.chosen_ids.tolist(),
+                    "rejected_ids": pair.rejected_ids.tolist(),
+                    **example,
+                }
+                for pair, example in zip(pairs, known, strict=True)
+            ]
+        )
 
 
 class PreferenceTrainer(Restartable, DPOTrainer):
