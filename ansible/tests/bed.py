@@ -85,7 +85,25 @@ class Bed:
         for machine in self.machines.values():
             subprocess.run(["umount", "-l", str(machine.root)], check=False, capture_output=True)
             shutil.rmtree(machine.folder, ignore_errors=True)
+            for group in self._own_cgroups(machine.name):
+                _remove_cgroup(group)
         subprocess.run(["ip", "netns", "delete", self.namespace], check=False, capture_output=True)
+
+    def _own_cgroups(self, name: str) -> list[Path]:
+        """Control groups of a machine, below this process's own: of systemd's hierarchy and of the unified one."""
+        mounted = {}
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, folder, kind, options, *_ = line.split()
+            if kind == "cgroup2":
+                mounted[""] = folder
+            elif kind == "cgroup" and "name=systemd" in options.split(","):
+                mounted["name=systemd"] = folder
+        found = []
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, hierarchy, own = line.split(":", 2)
+            if hierarchy in mounted and os.access(parent := mounted[hierarchy] + own, os.W_OK):
+                found.append(Path(parent) / f"{self.namespace}-{name}")
+        return found
 
     def inside(self, *command: str | Path) -> list[str]:
         """The command, run in the bed's network. `ip netns exec` would hide the cgroups from nspawn."""
@@ -98,7 +116,13 @@ class Bed:
         if self.shared:
             # stands in for storage that all machines mount
             binds.append(f"--bind={self.shared}:/shared")
+        # machines in one control group would take each other's services for their own
+        groups = self._own_cgroups(name)
+        for group in groups:
+            group.mkdir(exist_ok=True)
         command = self.inside(
+            "sh", "-c", 'for group; do [ "$group" = -- ] && break; echo $$ > "$group/cgroup.procs"; shift; done; '
+            'shift; exec "$@"', "sh", *groups, "--",
             "systemd-nspawn", "-q", "-D", machine.root, "-M", name,
             "--register=no", "--keep-unit", "--network-bridge=br-ic", "--resolv-conf=off", "--console=pipe",
             f"--bind-ro={self.packages}:/srv/debian", *binds, "-b",
@@ -222,6 +246,21 @@ def _children(pid: int) -> list[int]:
     """Children of a process: of nspawn, the machine's init."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     return [int(word) for word in listed.read_text().split()] if listed.exists() else []
+
+
+def _remove_cgroup(group: Path) -> None:
+    """Remove a control group and those below it, all of them empty or soon to be."""
+    for folder, _, _ in os.walk(group, topdown=False):
+        for _ in range(50):
+            try:
+                Path(folder).rmdir()
+            except FileNotFoundError:
+                break
+            except OSError:
+                # the kernel is still taking away what ran in it
+                time.sleep(0.1)
+            else:
+                break
 
 
 def until(bed: Bed, name: str, command: str, wanted: str, timeout_s: float = UNTIL_TIMEOUT_S) -> str:

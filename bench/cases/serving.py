@@ -223,7 +223,7 @@ def parity(run: Run) -> None:
     """Greedy tokens beside transformers' in float32 and what the served dtype changes; switches change nothing."""
     from bench.cases.serving_parity import compare
 
-    compare(run, engine_arguments(run, OURS))
+    compare(run, engine_arguments(run, OURS, **json.loads(run.options.engine)))
 
 
 def faults(run: Run) -> None:

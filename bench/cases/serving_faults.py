@@ -81,12 +81,13 @@ def _provoke(run: Run, name: str, provoke: Callable[[], str]) -> None:
     )
 
 
-def _refuses_to_start(model: Path, arguments: list[str], message: str) -> str:
+def _refuses_to_start(run: Run, model: Path, arguments: list[str], message: str) -> str:
     """The line of the server's log that says why it ended."""
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         try:
-            with serve(model, arguments, log, healthy_within_s=START_WITHIN_S):
+            given = [*arguments, *json.loads(run.options.serve)]
+            with serve(model, given, log, healthy_within_s=START_WITHIN_S):
                 raise Fault("the server started")
         except ServerFailed as error:
             text = log.read_text(errors="replace")
@@ -108,7 +109,7 @@ def _truncated_weights(run: Run) -> str:
     with _copy(run) as folder:
         file = folder / "model.safetensors"
         os.truncate(file, file.stat().st_size // 2)
-        return _refuses_to_start(folder, [], "SafetensorError")
+        return _refuses_to_start(run, folder, [], "SafetensorError")
 
 
 def _missing_tensor(run: Run) -> str:
@@ -116,20 +117,20 @@ def _missing_tensor(run: Run) -> str:
         tensors = load_file(folder / "model.safetensors")
         del tensors["model.layers.1.self_attn.kv_b_proj.weight"]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return _refuses_to_start(folder, [], "lacks 1 tensors of InfiniteContextForCausalLM")
+        return _refuses_to_start(run, folder, [], "lacks 1 tensors of InfiniteContextForCausalLM")
 
 
 def _wrong_configuration(run: Run) -> str:
     with _copy(run) as folder:
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "qk_rope_head_dim": 63}))
-        return _refuses_to_start(folder, [], "qk_rope_head_dim is 63; it must be even")
+        return _refuses_to_start(run, folder, [], "qk_rope_head_dim is 63; it must be even")
 
 
 def _wrong_option(run: Run) -> str:
     section = json.dumps({"infinite_context": {"decode": "fast"}})
     return _refuses_to_start(
-        run.model("ours"), ["--additional-config", section], "is 'fast'; accepted: hopper"
+        run, run.model("ours"), ["--additional-config", section], "is 'fast'; accepted: hopper"
     )
 
 
@@ -155,6 +156,7 @@ def _other_architecture(run: Run) -> str:
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(scratch)
         build_byte_tokenizer().save_pretrained(scratch)
         return _refuses_to_start(
+            run,
             Path(scratch),
             ["--attention-backend", "CUSTOM", "--max-model-len", "1024"],
             "non-MLA not supported",

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         longest = max(length for length, _ in cases)
-        corpus = Path(options.corpus) if options.corpus else _corpus(Path(scratch), longest)
+        corpus = Path(options.corpus) if options.corpus else corpus_of_bytes(Path(scratch), longest)
         folder = None if options.toy else new_result_folder(options.results, "training")
         for length, implementation in cases:
             left_s = options.limit_s - (time.monotonic() - started)
@@ -112,8 +112,8 @@ def _cases(options: argparse.Namespace) -> list[tuple[int, str]]:
     return [(int(length), name) for name in names for length in lengths]
 
 
-def _corpus(scratch: Path, longest_tokens: int) -> Path:
-    # in bytes; packing wants three sequences and more
+def corpus_of_bytes(scratch: Path, longest_tokens: int) -> Path:
+    """The Jargon File as a corpus of bytes, for three sequences and more, which packing wants."""
     once = haystack.load_haystack("jargon")
     text = scratch / "jargon.txt"
     text.write_text(once * (1 + 4 * longest_tokens // len(once)))
