@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -179,9 +180,10 @@ def _run(
     row["wall_s"] = round(time.monotonic() - began, 1)
     windows = _windows(output)
     if process.returncode or not windows:
-        lines = (
-            [line for line in said.splitlines() if "rror" in line] or said.splitlines()[-1:] or ["no output"]
-        )
+        # the launcher's own words about a rank that ended come last
+        lines = [line for line in said.splitlines() if re.search(r"^(\S*Error|error)\b", line.strip())]
+        lines = [line for line in lines if "ChildFailedError" not in line] or said.splitlines()[-1:]
+        lines = lines or ["no output"]
         row["error"] = lines[-1].strip()[:300]
         row["out_of_memory"] = any(sign in said for sign in MEMORY_SIGNS)
         return row

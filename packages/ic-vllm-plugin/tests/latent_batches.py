@@ -159,8 +159,9 @@ class Batch:
             self.slots.append((slots + torch.arange(cached) % self.page_tokens).to(self.device))
             query = torch.randn(queries, dims.heads, dims.nope + dims.rope)
             self.queries.append(query.to(self.device, self.dtype))
-            context = slice(0, cached - queries)
-            self._write(self.rows[-1][context], self.slots[-1][context])
+            # vLLM's kernel takes no step without tokens
+            if context := cached - queries:
+                self._write(self.rows[-1][:context], self.slots[-1][:context])
         self.table = self.table.to(self.device)
         return self
 

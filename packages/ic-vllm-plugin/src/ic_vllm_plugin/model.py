@@ -218,7 +218,9 @@ class InfiniteContextModel(nn.Module):
             else PPMissingLayer()
         )
         # angles are computed as they are needed: a table of a million positions would take 256 MiB
-        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+        # vLLM builds models inside `with device:` and moves nothing afterwards
+        frequencies = inverse_frequencies(config).to(torch.get_default_device())
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
         self.cos_sin_scale = cos_sin_scale(config)
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size

@@ -10,6 +10,8 @@ one, whose layout PyTorch does not document), and what PyTorch says that the ins
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.backends import cuda
 from torch.nn import functional as F
@@ -137,35 +139,30 @@ def mla_prefill(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: see there.
         softmax_scale, causal, return_lse: see there.
     """
-    tokens = torch.arange(q.shape[0], device=q.device)
-    num_seqs = cu_seqlens_q.shape[0] - 1
-    seq = torch.searchsorted(cu_seqlens_q[1:].contiguous(), tokens, right=True).clamp(max=num_seqs - 1)
-    place = tokens - cu_seqlens_q[seq]
     lens_q, lens_k = cu_seqlens_q.diff(), cu_seqlens_k.diff()
-    seen = (tokens < cu_seqlens_q[-1]) & (lens_k[seq] > 0)
-    if causal:
-        seen &= place + (lens_k - lens_q)[seq] >= 0
+    tokens, seq, place = _places(cu_seqlens_q, q.shape[0])
+    # the first query of each sequence that sees a key
+    first = (lens_q - lens_k).clamp(min=0) if causal else torch.where(lens_k > 0, 0, lens_q)
+    seen = (tokens < cu_seqlens_q[-1]) & (place >= first[seq])
+    keys, seq_k, _ = _places(cu_seqlens_k, k.shape[0])
     key, value = _expand(k, v, q.shape[1])
-    out, lse = torch.ops.aten._efficient_attention_forward(
+    out, lse = _Efficient.apply(
         q[None],
         key[None],
         value[None],
-        None,
-        cu_seqlens_q.int(),
-        cu_seqlens_k.int(),
-        max_seqlen_q,
-        max_seqlen_k,
-        0.0,
-        _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK,
-        return_lse or any(part.requires_grad for part in (q, k, v)),
-        scale=softmax_scale,
-    )[:2]
-    out = torch.where(seen[:, None, None], out[0], 0.0)
+        seen[None, :, None, None],
+        first[:, None, None],
+        ((keys < cu_seqlens_k[-1]) & (lens_q[seq_k] > 0))[None, :, None, None],
+        (cu_seqlens_q.int(), cu_seqlens_k.int(), max_seqlen_q, max_seqlen_k),
+        causal,
+        softmax_scale,
+        return_lse,
+    )
     if not return_lse:
-        return out
+        return out[0]
     # [sequences, N, longest, rounded up]
-    rows = lse.detach()[seq, :, place.clamp(max=max(lse.shape[2] - 1, 0))]
-    return out, torch.where(seen[:, None], rows, -torch.inf).T.contiguous()
+    rows = lse[seq, :, place.clamp(max=max(lse.shape[2] - 1, 0))]
+    return out[0], torch.where(seen[:, None], rows, -torch.inf).T.contiguous()
 
 
 def mla_prefill_dense(
@@ -184,24 +181,86 @@ def mla_prefill_dense(
     """
     key, value = _expand(k, v, q.shape[2])
     queries, keys = q.shape[1], k.shape[1]
-    out, lse = torch.ops.aten._efficient_attention_forward(
+    blind = max(0, queries - keys) if causal else queries * (keys == 0)
+    seen = torch.arange(queries, device=q.device) >= blind
+    out, lse = _Efficient.apply(
         q,
         key,
         value,
-        None,
-        None,
-        None,
-        None,
-        None,
-        0.0,
-        _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK,
-        return_lse or any(part.requires_grad for part in (q, k, v)),
-        scale=softmax_scale,
-    )[:2]
-    blind = max(0, queries - keys) if causal else queries * (keys == 0)
-    seen = torch.arange(queries, device=q.device) >= blind
-    out = torch.where(seen[:, None, None], out, 0.0)
-    return (out, torch.where(seen, lse.detach()[..., :queries], -torch.inf)) if return_lse else out
+        seen[None, :, None, None],
+        torch.full((q.shape[0], 1, 1), blind, device=q.device),
+        torch.full((), queries > 0, device=q.device),
+        (None, None, None, None),
+        causal,
+        softmax_scale,
+        return_lse,
+    )
+    return (out, torch.where(seen, lse[..., :queries], -torch.inf)) if return_lse else out
+
+
+class _Efficient(torch.autograd.Function):
+    """The memory-efficient kernel and its backward pass, kept from what they leave undefined.
+
+    Of a query that sees no key the kernel's output and log-sum-exp may be anything, and they would enter the
+    gradients of all; of a key without queries, and of what lies beyond the last sequence, nothing is written.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen: torch.Tensor,
+        first: torch.Tensor,
+        asked: torch.Tensor,
+        lengths: tuple[torch.Tensor | None, torch.Tensor | None, int | None, int | None],
+        causal: bool,
+        softmax_scale: float,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend.
+
+        Args:
+            q, k, v: `[B, T, N, dim]`, B 1 where sequences are packed.
+            seen: which queries see a key, broadcastable to the output.
+            first: first query of each sequence that does, `[sequences, 1, 1]`.
+            asked: which keys have a query, broadcastable to k.
+            lengths: cu_seqlens and max_seqlen of queries and keys; None where nothing is packed.
+        """
+        cu_q, cu_k, max_q, max_k = lengths
+        mask = _CAUSAL_BOTTOM_RIGHT if causal else _NO_MASK
+        wanted = return_lse or any(ctx.needs_input_grad[:3])
+        out, lse, seed, offset, longest_q, longest_k = torch.ops.aten._efficient_attention_forward(
+            q, k, v, None, cu_q, cu_k, max_q, max_k, 0.0, mask, wanted, scale=softmax_scale
+        )
+        out = torch.where(seen, out, 0.0)
+        if wanted:
+            # the exponential of its difference to a score is then 0
+            lse = torch.where(torch.arange(lse.shape[-1], device=q.device) < first, torch.inf, lse)
+        ctx.save_for_backward(q, k, v, out, lse, seed, offset, seen, asked, cu_q, cu_k)
+        ctx.longest, ctx.mask, ctx.scale = (longest_q, longest_k), mask, softmax_scale
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, out, lse, seed, offset, seen, asked, cu_q, cu_k = ctx.saved_tensors
+        dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+            d_out.contiguous(), q, k, v, None, out, cu_q, cu_k, *ctx.longest, lse, 0.0, seed, offset, ctx.mask,
+            False, scale=ctx.scale,
+        )  # fmt: skip
+        where = torch.where
+        return where(seen, dq, 0.0), where(asked, dk, 0.0), where(asked, dv, 0.0), *(None,) * 7
+
+
+def _places(cu_seqlens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers of the tokens, the sequence of each (the last one's for what lies beyond), and its place there."""
+    tokens = torch.arange(count, device=cu_seqlens.device)
+    last = cu_seqlens.shape[0] - 2
+    seq = torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).clamp(max=last)
+    return tokens, seq, tokens - cu_seqlens[seq]
 
 
 def _expand(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
