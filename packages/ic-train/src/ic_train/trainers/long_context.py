@@ -165,7 +165,9 @@ class LongContextTrainer(Restartable, Trainer):
 def keep_sums_in_float32(state: Any) -> None:
     """Have FSDP2 compute in bfloat16, but add gradients over ranks, and return the loss, in float32.
 
-    accelerate sets one dtype for all three: the loss that is logged would have 8 bits.
+    accelerate sets one dtype for all three: the loss that is logged would have 8 bits. Nor are the blocks' inputs
+    cast: the cosines and sines of rotary angles are float32 for good reason, and when activations are recomputed
+    nothing casts them a second time, which PyTorch refuses.
 
     Args:
         state: of an Accelerator, before it prepares the model.
@@ -173,7 +175,9 @@ def keep_sums_in_float32(state: Any) -> None:
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
         )
 
 
