@@ -1,4 +1,4 @@
-"""Write the tables of committed results into documents: `python bench/report.py [--check]`.
+"""Write the tables of committed results into documents: `python -m bench.report [--check]`.
 
 A document marks where a table goes, and the marks stay:
 
@@ -23,6 +23,8 @@ from typing import Any
 from ic_model.ops import aot
 from ic_train.evaluation.passkey import wilson_interval
 from ic_train.evaluation.report import difference_interval
+
+from bench.cases.serving_tables import TABLES as SERVING_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -298,6 +300,7 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "conversion": (CONVERSION_FIELDS, conversion_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
+    **SERVING_TABLES,
 }
 
 
@@ -370,7 +373,7 @@ def stale_documents(root: Path = ROOT, *, write: bool = False) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write or check the tables; 1 when --check finds one out of date."""
-    parser = argparse.ArgumentParser(prog="python bench/report.py", description="Tables from bench/results.")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables from bench/results.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail when a table is out of date"
     )
