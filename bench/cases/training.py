@@ -181,7 +181,9 @@ def _run(
     windows = _windows(output)
     if process.returncode or not windows:
         # the launcher's own words about a rank that ended come last
-        lines = [line for line in said.splitlines() if re.search(r"^(\[rank\d+\]: *)?(\S*Error|error)\b", line)]
+        lines = [
+            line for line in said.splitlines() if re.search(r"^(\[rank\d+\]: *)?(\S*Error|error)\b", line)
+        ]
         lines = [line for line in lines if "ChildFailedError" not in line] or said.splitlines()[-1:]
         lines = lines or ["no output"]
         row["error"] = lines[-1].strip()[:300]

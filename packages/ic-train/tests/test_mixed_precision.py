@@ -31,7 +31,10 @@ def test_blocks_get_their_angles_in_float32_and_compute_in_bfloat16(group: None)
     plugin = SimpleNamespace(mixed_precision_policy=MixedPrecisionPolicy(half, half, half))
     keep_sums_in_float32(SimpleNamespace(fsdp_plugin=plugin))
     model: Any = ICForCausalLM(toy_config())
-    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (1,)), "mp_policy": plugin.mixed_precision_policy}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh("cpu", (1,)),
+        "mp_policy": plugin.mixed_precision_policy,
+    }
     angles, states = [], []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -244,11 +244,11 @@ class _Efficient(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, d_out: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of q, k and v."""
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of q, k and v from that of the output."""
         q, k, v, out, lse, seed, offset, seen, asked, cu_q, cu_k = ctx.saved_tensors
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-            d_out.contiguous(), q, k, v, None, out, cu_q, cu_k, *ctx.longest, lse, 0.0, seed, offset, ctx.mask,
+            grad_outputs[0].contiguous(), q, k, v, None, out, cu_q, cu_k, *ctx.longest, lse, 0.0, seed, offset, ctx.mask,
             False, scale=ctx.scale,
         )  # fmt: skip
         where = torch.where
