@@ -248,8 +248,8 @@ class _Efficient(torch.autograd.Function):
         """Gradients of q, k and v from that of the output."""
         q, k, v, out, lse, seed, offset, seen, asked, cu_q, cu_k = ctx.saved_tensors
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
-            grad_outputs[0].contiguous(), q, k, v, None, out, cu_q, cu_k, *ctx.longest, lse, 0.0, seed, offset, ctx.mask,
-            False, scale=ctx.scale,
+            grad_outputs[0].contiguous(), q, k, v, None, out, cu_q, cu_k, *ctx.longest, lse, 0.0, seed, offset,
+            ctx.mask, False, scale=ctx.scale,
         )  # fmt: skip
         where = torch.where
         return where(seen, dq, 0.0), where(asked, dk, 0.0), where(asked, dv, 0.0), *(None,) * 7
