@@ -151,6 +151,8 @@ def _command(options: argparse.Namespace, length: int, name: str, corpus: Path, 
     else:
         config = LAUNCHERS / ("one-gpu.yaml" if options.gpus == 1 else "one-node.yaml")
         launcher += ["--config_file", str(config), "--num_processes", str(options.gpus)]
+        # a free one: another case may run on other GPUs of the host
+        launcher += ["--main_process_port", "0"]
     own = SETTINGS["implementations"][name]["flags"]
     return [*launcher, "-m", "ic_train.sft", *words, *setting["flags"], *own, *options.flags.split()]
 

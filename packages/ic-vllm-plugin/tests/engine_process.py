@@ -29,12 +29,14 @@ def run_cases(
     return {name: json.loads(line) for name, line in zip(cases, lines, strict=True)}
 
 
-def greedy(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+def greedy(
+    folder: Path, prompts: list[list[int]], new_tokens: int, *, device: str = "cpu"
+) -> list[list[int]]:
     """Greedy tokens of transformers in float32."""
-    model = ICForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = ICForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=device)
         with torch.inference_mode():
             output = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens
