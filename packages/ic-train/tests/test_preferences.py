@@ -142,8 +142,13 @@ def test_a_models_own_wrong_answers_are_taken(tmp_path: Path, haystack: Path) ->
         sources[pair.kind][pair.rejected_source] += 1
         if pair.rejected_source == "model":
             # one line, as answers have in these words
-            assert re.fullmatch(r" \d+\.?\n", line["rejected"])
-            assert first_number(line["rejected"]) != first_number(line["chosen"])
+            assert re.fullmatch(r" \d+\.?\n", line["model_answer"])
+            # its value in the form of a right answer, with a quote that states it
+            wrong = first_number(line["model_answer"])
+            assert line["rejected"].count(wrong) == 2
+            assert first_number(line["rejected"]) == wrong != first_number(line["chosen"])
+            if line["fault"] == "outdated":
+                assert re.sub(r"\d+", "", line["rejected"]) == re.sub(r"\d+", "", line["chosen"])
             if line["fault"] == "distractor":
                 assert (
                     first_number(line["rejected"]) in bytes(pair.short_prompt_ids.astype(np.uint8)).decode()
@@ -178,7 +183,9 @@ def test_a_server_that_dies_half_way_is_asked_only_for_the_rest(
     record = json.loads((tmp_path / "whole" / "preferences.json").read_text())
     assert record["pairs_by_source"] == {"made": 9, "model": 18}
     assert all(
-        line["rejected"].count("\n") == 1 for line in lines_of(tmp_path / "whole") if line["kind"] != "multi"
+        line["model_answer"].count("\n") == 1
+        for line in lines_of(tmp_path / "whole")
+        if line["kind"] != "multi"
     )
     with ScriptedServer(
         scripted, lambda number: "hang up" if number >= 13 else None, max_model_len=8192

@@ -20,7 +20,7 @@ from ic_train.evaluation.hard_sets import KINDS, Asked, Fact, HardContext, build
 from ic_train.evaluation.records import hold_settings
 from ic_train.evaluation.tasks import Context, Question
 from ic_train.evaluation.wordings import LONGEST_NAME, Wording
-from ic_train.preferences.answers import FAULTS, fault_of, right_answer, wrong_answer
+from ic_train.preferences.answers import FAULTS, fault_of, in_right_form, right_answer, wrong_answer
 from ic_train.preferences.store import Writer, write_record
 
 # names and numbers of other contexts may take more tokens than those that lengths are reckoned with
@@ -83,11 +83,12 @@ class _Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Wrong:
-    """A wrong answer, where it came from, and what is wrong with it."""
+    """A wrong answer, where it came from, what is wrong with it, and a model's own words."""
 
     text: str
     source: str
     fault: str
+    said: str | None = None
 
 
 async def make_pairs(
@@ -193,8 +194,10 @@ async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Wr
         rng = np.random.default_rng([plan.seed, KINDS.index(group.kind), group.number, place])
         fault = fault_of(answers[name], one, elsewhere) if name in answers else None
         if fault:
-            wrong = _Wrong(text=answers[name], source="model", fault=fault)
-            one = _with_taken(one, wrong, elsewhere)
+            said = answers[name]
+            one = _with_taken(one, said, elsewhere)
+            text = in_right_form(said, fault, one, elsewhere, plan.wording)
+            wrong = _Wrong(text=text, source="model", fault=fault, said=said)
         else:
             fault = faults[(group.number * plan.pairs_per_context + place) % len(faults)]
             wrong = _Wrong(text=wrong_answer(one, plan.wording, fault, rng), source="made", fault=fault)
@@ -228,9 +231,9 @@ async def _ask(
     return answers
 
 
-def _with_taken(asked: Asked, wrong: _Wrong, elsewhere: dict[str, Fact]) -> Asked:
+def _with_taken(asked: Asked, said: str, elsewhere: dict[str, Fact]) -> Asked:
     """With the fact that a model took for the right one among those that matter."""
-    value = re.search(r"\d+", wrong.text)
+    value = re.search(r"\d+", said)
     taken = elsewhere.get(value[0]) if value else None
     return asked if taken is None or taken in asked.facts else replace(asked, others=(*asked.others, taken))
 
@@ -262,6 +265,7 @@ def _line(
         "rejected": wrong.text,
         "rejected_source": wrong.source,
         "fault": wrong.fault,
+        **({} if wrong.said is None else {"model_answer": wrong.said}),
         "context": context,
         "short_context": short,
         "question_ids": question_ids,
