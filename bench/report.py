@@ -292,6 +292,28 @@ def preferences_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def training_table(rows: Sequence[Row]) -> str:
+    """Speed, MFU, utilisation and memory of the trainer, a line per model, length and implementation."""
+    newest = {
+        tuple(row[field] for field in ("model", "tokens_per_sequence", "gpus", "ring", "impl", "gpu")): row
+        for row in rows
+    }
+    lines = [
+        "| model | sequence, tokens | GPUs, ring | by | tokens/s | MFU | GPU busy | peak, GiB | device | result |",
+        "|---|---:|---|---|---:|---:|---:|---:|---|---|",
+    ]
+    for row in sorted(
+        newest.values(), key=lambda row: (row["model"], row["tokens_per_sequence"], row["impl"])
+    ):
+        busy = f"{row['gpu_util']:.1%}" if "gpu_util" in row else "-"
+        lines.append(
+            f"| {row['model']} | {row['tokens_per_sequence']:,} | {row['gpus']}, {row['ring']} | `{row['impl']}` "
+            f"| {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} | {busy} | {row['peak_gib']:.1f} | {row['gpu']} "
+            f"| `{row['result']}` |"
+        )
+    return "\n".join(lines)
+
+
 # name in the mark: (fields that its rows have, the table)
 TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "retrieval": (frozenset({*_RETRIEVAL_KEY, "correct", "total"}), retrieval_table),
@@ -300,6 +322,7 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "conversion": (CONVERSION_FIELDS, conversion_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
+    "training": (frozenset({"tokens_per_sequence", "impl", "ring", "mfu"}), training_table),
     **SERVING_TABLES,
 }
 
@@ -333,6 +356,7 @@ def render(text: str, rows: Sequence[Row], source: str) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
+        """A mark with its table as it is to be."""
         name, filters = match["table"], dict(word.split("=", 1) for word in match["filters"].split())
         if name not in TABLES:
             raise ValueError(f"{source} has a table {name!r}; it must be one of {', '.join(sorted(TABLES))}")

@@ -82,3 +82,21 @@ def test_aot_table():
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["sm75", "sm90"]
     assert "7,777" not in "\n".join(lines)
     assert "| 1,024 | 232,448 | 40 | 0 | fma |" in lines[-1]
+
+
+def test_training_table():
+    row = {
+        "model": "ic-1b", "tokens_per_sequence": 8192, "gpus": 1, "ring": 1, "impl": "ours",
+        "tokens_per_s": 33_537.7, "mfu": 0.3647, "gpu_util": 0.983, "peak_gib": 51.66,
+        "gpu": "NVIDIA H100", "result": "old",
+    }  # fmt: skip
+    failed = {name: row[name] for name in ("model", "tokens_per_sequence", "gpus", "ring", "gpu", "result")}
+    rows = [
+        row,
+        {**row, "result": "new"},
+        {**row, "gpus": 2},
+        {**failed, "impl": "torch", "error": "no memory"},
+    ]
+    assert _table("training gpus=1", rows)[2:] == [
+        "| ic-1b | 8,192 | 1, 1 | `ours` | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `new` |"
+    ]

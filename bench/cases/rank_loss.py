@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ic_train.checkpoints import latest_checkpoint
 from ic_train.results import new_result_folder, write_result
 
+from bench.cases.serving_server import end_session
 from bench.cases.training import LAUNCHERS, ROOT, corpus_of_bytes
 
 TOPIC = "rank-loss"
@@ -163,8 +164,8 @@ def _train(options: argparse.Namespace, corpus: Path, output: Path, *, kill: boo
     except subprocess.TimeoutExpired:
         raise Failed(f"not finished after {options.limit_s:.0f} s: {_tail(log)}") from None
     finally:
-        # the ranks are in its session
-        _end(launcher)
+        # it takes its ranks with it
+        end_session(launcher)
     if code:
         raise Failed(f"the launcher ended with {code}: {_tail(log)}")
     if kill:
@@ -183,8 +184,7 @@ def _kill_the_last_rank(
     deadline: float,
 ) -> dict[str, Any]:
     _wait(lambda: latest_checkpoint(output) is not None, launcher, log, deadline)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    ranks = [int(pid) for pid in children if TRAINER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = ranks_of(launcher)
     if len(ranks) != options.gpus:
         raise Failed(f"the launcher has {len(ranks)} ranks: {_tail(log)}")
     step = max(_losses(output))
@@ -198,28 +198,23 @@ def _kill_the_last_rank(
     return {"killed_after_step": step, "resuming_after_s": round(time.monotonic() - killed, 1)}
 
 
+def ranks_of(launcher: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the trainers that a launcher has started, in the order of their ranks."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children if TRAINER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def _resumed(log: Path) -> list[str]:
     return re.findall(r"resuming from \S*checkpoint-(\d+)", log.read_text(errors="replace"))
 
 
-def _wait(until: Any, launcher: subprocess.Popen[bytes], log: Path, deadline: float) -> None:
+def _wait(until: Callable[[], bool], launcher: subprocess.Popen[bytes], log: Path, deadline: float) -> None:
     while not until():
         if launcher.poll() is not None:
             raise Failed(f"the launcher ended with {launcher.returncode}: {_tail(log)}")
         if time.monotonic() > deadline:
             raise Failed(f"no time left: {_tail(log)}")
         time.sleep(0.05)
-
-
-def _end(launcher: subprocess.Popen[bytes]) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(launcher.pid, number)
-            launcher.wait(timeout=20)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _losses(output: Path) -> dict[int, float]:

@@ -111,7 +111,7 @@ def serve(
         _wait_until_healthy(server, healthy_within_s)
         yield server
     finally:
-        _end(process)
+        end_session(process)
 
 
 def _wait_until_healthy(server: Server, within_s: float) -> None:
@@ -131,7 +131,8 @@ def _wait_until_healthy(server: Server, within_s: float) -> None:
     print(f"    healthy after {time.monotonic() - start:.0f} s", flush=True)
 
 
-def _end(process: subprocess.Popen) -> None:
+def end_session(process: subprocess.Popen) -> None:
+    """End a process that leads its session, and all that are in it."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -162,7 +163,7 @@ def run_child(specification: dict[str, Any], timeout_s: float) -> dict[str, Any]
         start_new_session=True,
     )
     assert process.stdin is not None and process.stdout is not None
-    timer = threading.Timer(timeout_s, _end, [process])
+    timer = threading.Timer(timeout_s, end_session, [process])
     timer.start()
     found: dict[str, Any] | None = None
     tail: list[str] = []
@@ -179,5 +180,5 @@ def run_child(specification: dict[str, Any], timeout_s: float) -> dict[str, Any]
         process.wait(60)
     finally:
         timer.cancel()
-        _end(process)
+        end_session(process)
     return found if found is not None else {"error": f"exit {process.returncode}: {''.join(tail)[-3000:]}"}

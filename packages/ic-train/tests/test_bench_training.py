@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from bench.cases import training
+from bench.cases import rank_loss, training
 from bench.report import ROOT
 from training_runs import make_toys
 
@@ -87,12 +88,18 @@ def test_links_are_measured_between_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("said", "out_of_memory"),
-    [("error: model is 'no-such-model'", False), ("torch.OutOfMemoryError: CUDA out of memory.", True)],
+    [
+        ("error: model is 'no-such-model'", False),
+        ("torch.OutOfMemoryError: CUDA out of memory.", True),
+        ("[rank0]: torch.utils.checkpoint.CheckpointError: other metadata", False),
+    ],
 )
 def test_what_did_not_run_has_its_reason_and_no_number(
     said: str, out_of_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = [sys.executable, "-c", f"import sys; print({said!r}); sys.exit(1)", "ic_train.sft"]
+    # the launcher's words about it come last
+    launcher = "torch.distributed.elastic.ChildFailedError:\n  traceback : see errors.html\n==="
+    program = [sys.executable, "-c", f"print({said!r}); print({launcher!r}); exit(1)", "ic_train.sft"]
     monkeypatch.setattr(training, "_command", lambda *_: program)
     options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0)
     row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=60)
@@ -105,6 +112,32 @@ def test_a_case_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(training, "_command", lambda *_: program)
     options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0)
     assert training._run(options, 256, "ours", tmp_path, tmp_path, left_s=1)["error"] == "error: no time left"
+
+
+def test_a_run_whose_rank_dies_ends_like_one_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["--toy", "--tokens", "256", "--steps", "60", "--save-steps", "10"]
+    assert rank_loss.main([*words, "--results", str(tmp_path)]) == 0
+    row = json.loads(capsys.readouterr().out.split("s\n", 1)[1])
+    assert 10 <= row["resumed_from_step"] <= row["killed_after_step"] < 60
+    assert row["max_relative_loss_difference"] == 0
+    assert not list(tmp_path.iterdir()), "a toy is no result"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "1"], "--gpus is 1; it must be at least 2"),
+        (["--steps", "9", "--save-steps", "9"], "--save-steps is 9; accepted: 1 to 8"),
+    ],
+)
+def test_a_rank_loss_that_shows_nothing_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rank_loss.main(words) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

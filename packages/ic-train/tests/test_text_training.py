@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.cases.rank_loss import ranks_of
 from ic_model import ICForCausalLM
 from safetensors.torch import load_file
 from training_runs import FSDP_ON_CPU, Run, flags_of, launch_all, make_toys, steps_of, values
@@ -286,8 +287,7 @@ def kill_a_rank(launcher: subprocess.Popen[bytes], output: Path, *, after: int) 
     while (step := last_step(output)) <= after:
         assert launcher.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    ranks = [int(pid) for pid in children if b"ic_train.sft" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = ranks_of(launcher)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     return step
