@@ -4,6 +4,7 @@
     python -m bench.cases.training --lengths 196608,262144 --implementations ours    # the longest that fits
     python -m bench.cases.training --gpus 8 --lengths 131072,524288,1048576 --implementations ours     # a ring
     python -m bench.cases.training --gpus 8 --ring 1 --lengths 8192 --implementations ours    # FSDP2 over 8
+    python -m bench.cases.training --lengths 8192 --implementations ours --profile 2    # time by kernel
     python -m bench.cases.training --model ic-nano --toy            # two steps on the CPU: shows that it works
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
@@ -30,6 +31,7 @@ from typing import Any
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_train.data.text import write_corpus
 from ic_train.evaluation import haystack
+from ic_train.profiling import TABLE_FILE, UNPROFILED_STEPS
 from ic_train.results import new_result_folder, write_result
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,6 +41,8 @@ LAUNCHERS = ROOT / "packages" / "ic-train" / "accelerate"
 LENGTHS = (8192, 131072, 32768, 4096)
 IMPLEMENTATIONS = ("ours", "torch")
 TOY_LENGTHS = (256,)
+# of a profile: the kernels that matter
+SHOWN_LINES = 40
 MEMORY_SIGNS = ("OutOfMemoryError", "out of memory")
 
 
@@ -64,6 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
             row = _run(options, length, implementation, corpus, Path(scratch), left_s)
             rows.append(row)
             _show(row)
+            if "profile" in row and folder is not None:
+                name = f"profile-{implementation}-{length}.txt"
+                (folder / name).write_text(row["profile"])
+                row["profile"] = name
             if folder is not None:
                 # after every case: what was measured stays, whatever comes
                 write_result(folder, "training", rows, seed=options.seed)
@@ -90,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the result's folder")
     add("--seed", type=int, default=0, help="of weights and order")
     add("--flags", default="", help="more flags for ic_train.sft, as one word")
+    add("--profile", type=int, default=0, help="steps to profile, instead of measuring speed (default: 0)")
     add("--toy", action="store_true", help="two steps at toy lengths on the CPU, no result")
     return parser
 
@@ -102,6 +111,8 @@ def _cases(options: argparse.Namespace) -> list[tuple[int, str]]:
             raise ValueError(f"--implementations has {name!r}; accepted: {accepted}")
     if options.gpus < 1:
         raise ValueError(f"--gpus is {options.gpus}; it must be at least 1")
+    if options.profile < 0:
+        raise ValueError(f"--profile is {options.profile}; it must be at least 0")
     if options.ring < 0 or (options.ring and options.gpus % options.ring):
         raise ValueError(f"--ring is {options.ring}; it must divide --gpus, {options.gpus}")
     if options.toy:
@@ -143,6 +154,9 @@ def _command(options: argparse.Namespace, length: int, name: str, corpus: Path, 
         "context_parallel_size": options.ring or options.gpus,
         "disable_tqdm": "true",
     }
+    if options.profile:
+        steps = UNPROFILED_STEPS + options.profile
+        flags |= {"profile_steps": options.profile, "max_steps": steps, "logging_steps": 1}
     flags |= {"use_cpu": "true"} if options.toy else {"bf16": "true", "optim": "adamw_torch_fused"}
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -162,7 +176,7 @@ def _run(
 ) -> dict[str, Any]:
     output = scratch / f"{name}-{length}"
     command = _command(options, length, name, corpus, output)
-    environment = {**os.environ, **SETTINGS["implementations"][name].get("environment", {})}
+    environment = dict(os.environ)
     # long sequences come in few sizes and leave holes
     environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     row: dict[str, Any] = {"model": Path(options.model).name, "tokens_per_sequence": length, "impl": name}
@@ -191,6 +205,10 @@ def _run(
         row["error"] = lines[-1].strip()[:300]
         row["out_of_memory"] = any(sign in said for sign in MEMORY_SIGNS)
         return row
+    if options.profile:
+        # without speeds: they were those under the profiler
+        row["profile"] = (output / TABLE_FILE).read_text()
+        return row
     row["samples_tokens_per_s"] = [window["tokens_per_s"] for window in windows]
     for field in ("tokens_per_s", "mfu", "gpu_util"):
         samples = [window[field] for window in windows if field in window]
@@ -216,6 +234,9 @@ def _show(row: dict[str, Any]) -> None:
     head = f"{row['tokens_per_sequence']:>8,} {row['impl']:<20}"
     if "error" in row:
         print(f"{head} {'out of memory' if row['out_of_memory'] else row['error']}", flush=True)
+        return
+    if "profile" in row:
+        print(head, *row["profile"].splitlines()[:SHOWN_LINES], sep="\n", flush=True)
         return
     parts = [f"{row['tokens_per_s']:>10,.0f} tokens/s"]
     parts += [f"MFU {row['mfu']:.1%}"] if "mfu" in row else []

@@ -190,8 +190,8 @@ def test_the_command_of_the_documentation_freezes_the_engine_and_health_says_not
     (script,) = re.findall(r"^kubectl -n ic exec deployment/ic-infinite-context -- sh -c '(.+)'$", text, re.M)
 
     def states():
-        # not by name: setproctitle does nothing where the first variable of the environment was changed, and podman
-        # hands them over in another order each time
+        # not by name: setproctitle does nothing where the first variable of the environment was changed, and
+        # podman hands them over in another order each time
         names = "for p in $(cat /proc/1/task/*/children); do cat /proc/$p/stat; done"
         lines = podman.run("exec", server.container, "sh", "-c", names).splitlines()
         assert lines, podman.run("exec", server.container, "sh", "-c", "cat /proc/[0-9]*/stat")

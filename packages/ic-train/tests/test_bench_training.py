@@ -38,7 +38,7 @@ def test_commands_differ_in_what_is_compared_alone(tmp_path: Path) -> None:
         training._command(options, 8192, name, Path("corpus"), Path("out")) for name in ("ours", "torch")
     )
     changed = {word for word in ours if word not in torch} | {word for word in torch if word not in ours}
-    assert changed == {"mla_prefill", "auto", "sdpa", "full"}
+    assert changed == {"mla_prefill", "auto", "sdpa", "full", "--feed_forward", "plain"}
     assert ours[ours.index("--tokens_per_sequence") + 1] == "8192"
 
 
@@ -101,7 +101,7 @@ def test_what_did_not_run_has_its_reason_and_no_number(
     launcher = "torch.distributed.elastic.ChildFailedError:\n  traceback : see errors.html\n==="
     program = [sys.executable, "-c", f"print({said!r}); print({launcher!r}); exit(1)", "ic_train.sft"]
     monkeypatch.setattr(training, "_command", lambda *_: program)
-    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0)
+    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0, profile=0)
     row = training._run(options, 256, "ours", tmp_path, tmp_path, left_s=60)
     assert row["error"] == said and row["out_of_memory"] == out_of_memory
     assert "tokens_per_s" not in row
@@ -110,7 +110,7 @@ def test_what_did_not_run_has_its_reason_and_no_number(
 def test_a_case_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = [sys.executable, "-c", "import time; time.sleep(60)", "ic_train.sft"]
     monkeypatch.setattr(training, "_command", lambda *_: program)
-    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0)
+    options = argparse.Namespace(model="ic-1b", toy=True, seed=0, flags="", gpus=1, ring=0, profile=0)
     assert training._run(options, 256, "ours", tmp_path, tmp_path, left_s=1)["error"] == "error: no time left"
 
 

@@ -17,9 +17,12 @@ from training_runs import Run, flags_of, launch_all, make_toys, steps_of, values
 
 from ic_train import dpo
 from ic_train.checkpoints import export
+from ic_train.data.packing import PackedText
+from ic_train.data.text import load_token_corpus
 from ic_train.preferences.store import Writer, load_preferences, write_record
 
 NUM_PAIRS, BETA, ALIGNMENT, SGD_RATE = 8, 0.5, 0.7, 0.2
+TEXT_WEIGHT, TEXT_TOKENS, SEED = 0.3, 48, 7
 # all pairs in every step, so that their order does not matter, and steps that a loop of ten lines can take, too
 BY_HAND = [
     *("--optim", "sgd", "--learning_rate", str(SGD_RATE), "--lr_scheduler_type", "constant"),
@@ -69,12 +72,14 @@ def preference_run(name: str, *flags: str) -> Run:
 
 @pytest.fixture(scope="module")
 def runs(toys: dict[str, Path]) -> dict[str, Any]:
+    mixed = ["--text_weight", str(TEXT_WEIGHT), "--text_tokens", str(TEXT_TOKENS)]
     objectives = [
-        preference_run(f"by-hand-{name}", "--objective", name, *BY_HAND, *more)
+        preference_run(f"by-hand-{name}", "--objective", name.removesuffix("-text"), *BY_HAND, *more)
         for name, more in (
             ("dpo", ()),
             ("solopo", ("--alignment_weight", str(ALIGNMENT))),
             ("longpo", ()),
+            ("dpo-text", ("--text_corpora", str(toys["corpora"]), *mixed)),
         )
     ]
     halved = ["--gradient_accumulation_steps", "2"]
@@ -122,9 +127,17 @@ def rewards(model: ICForCausalLM, reference: ICForCausalLM, pair: Any, objective
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "solopo", "longpo"])
-def test_losses_are_those_of_the_papers(runs: dict[str, Any], toys: dict[str, Path], objective: str) -> None:
-    name = f"by-hand-{objective}"
+def text_losses(model: ICForCausalLM, corpus: Path) -> torch.Tensor:
+    """Mean over the sequences that come with all pairs, which have the pairs' numbers."""
+    text = PackedText([load_token_corpus(corpus)], tokens_per_sequence=TEXT_TOKENS, seed=SEED)
+    ids = torch.stack([text[number]["input_ids"] for number in range(NUM_PAIRS)])
+    return model(ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("name", ["dpo", "solopo", "longpo", "dpo-text"])
+def test_losses_are_those_of_the_papers(runs: dict[str, Any], toys: dict[str, Path], name: str) -> None:
+    objective = name.removesuffix("-text")
+    name = f"by-hand-{name}"
     assert name not in runs["errors"], runs["errors"][name]
     pairs = load_preferences(toys["preferences"], 264)
     model, reference = (ICForCausalLM.from_pretrained(toys["model"], dtype=torch.float32) for _ in range(2))
@@ -135,6 +148,8 @@ def test_losses_are_those_of_the_papers(runs: dict[str, Any], toys: dict[str, Pa
         loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean()
         if objective == "solopo":
             loss = loss + ALIGNMENT * (long - chosen).abs().mean()
+        if name.endswith("text"):
+            loss = loss + TEXT_WEIGHT * text_losses(model, toys["corpora"])
         model.zero_grad()
         loss.backward()
         expected.append(loss.item())
@@ -144,7 +159,7 @@ def test_losses_are_those_of_the_papers(runs: dict[str, Any], toys: dict[str, Pa
     assert values(runs["folder"] / name, "loss") == pytest.approx(expected, rel=2e-4)
     # the steps have moved it
     assert abs(expected[-1] - expected[0]) > 0.02
-    if objective != "longpo":
+    if name in ("by-hand-dpo", "by-hand-solopo"):
         assert expected[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
@@ -225,6 +240,11 @@ def refused(toys: dict[str, Path], *flags: str) -> str:
         (["--objective", "ppo"], "objective is 'ppo'; accepted: dpo, solopo, longpo"),
         (["--alignment_weight", "-1"], "alignment_weight is -1.0; it must be at least 0"),
         (["--alignment_weight", "2"], "alignment_weight is 2.0; it has no effect with objective 'dpo'"),
+        (["--text_weight", "0"], "text_weight is 0.0; it must be above 0"),
+        (["--text_weight", "2"], "text_weight is 2.0; it has no effect without text_corpora"),
+        (["--text_tokens", "1"], "text_tokens is 1; it must be at least 2"),
+        (["--text_corpora", "nowhere", "--text_tokens", "64"], "nowhere is no corpus"),
+        (["--text_corpora", "nowhere"], "text_tokens is 1024; the model takes 512"),
         (["--validation_pairs", "2"], "set both or neither"),
         (["--validation_pairs", "8", "--eval_strategy", "steps", "--eval_steps", "1"], "has 8 pairs"),
         (["--padding_free", "true"], "padding_free is True; it must be False, or left out"),

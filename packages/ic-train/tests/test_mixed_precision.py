@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from ic_model import ICForCausalLM
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from training_runs import toy_config
 
+from ic_train.distributed import compile_by_block
 from ic_train.trainers.long_context import keep_sums_in_float32
 
 
@@ -49,3 +51,12 @@ def test_blocks_get_their_angles_in_float32_and_compute_in_bfloat16(group: None)
     assert set(angles) == {torch.float32} and set(states) == {half}
     # sums over ranks in float32
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_accelerate_compiles_by_block_whatever_its_launcher_set(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "False")
+    compile_by_block(compiled)
+    assert TorchDynamoPlugin(backend=DynamoBackend.INDUCTOR).use_regional_compilation is compiled

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ic_model import ICForCausalLM
 from ic_model.testing import compare
-from training_runs import PACKAGE, Run, flags_of, make_toys, steps_of, values
+from training_runs import PACKAGE, Run, flags_of, make_toys, steps_of, toy_config, values
 
 from ic_train.context_parallel.blocks import _formula_backward, block_backward, block_forward
+from ic_train.trainers.feed_forward import fuse_feed_forward
 from ic_train.trainers.linear_loss import IGNORED, LossHead
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +54,23 @@ def test_fused_losses_are_the_plain_one(kind: str) -> None:
         assert compare(one.float(), other.float()).relative_norm < BFLOAT16_GRADIENT
 
 
+def test_the_fused_feed_forward_is_the_plain_one() -> None:
+    torch.manual_seed(0)
+    # an odd width, and rows as a batch has them
+    model = ICForCausalLM(toy_config(intermediate_size=1000, hidden_size=256)).to("cuda", torch.bfloat16)
+    ids = torch.randint(256, (2, 400), device="cuda")
+    found = {}
+    for kind in ("plain", "liger"):
+        fuse_feed_forward(model, kind)
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found[kind] = [loss.detach(), *(weight.grad.clone() for weight in model.parameters())]
+    assert found["liger"][0].item() == pytest.approx(found["plain"][0].item(), rel=1e-3)
+    for one, other in zip(found["liger"][1:], found["plain"][1:], strict=True):
+        assert compare(one.float(), other.float()).relative_norm < BFLOAT16_GRADIENT
+
+
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_toys(tmp_path_factory.mktemp("gpu"))
@@ -80,7 +99,14 @@ def test_reference_and_kernels_train_alike(toys: dict[str, Path], apart: str) ->
         toys,
         f"reference-{apart}",
         *documents,
-        *("--attn_implementation", "mla_prefill_reference", "--linear_loss", "full"),
+        *(
+            "--attn_implementation",
+            "mla_prefill_reference",
+            "--linear_loss",
+            "full",
+            "--feed_forward",
+            "plain",
+        ),
     )
     fused = train(toys, f"kernels-{apart}", *documents)
     assert values(fused, "loss") == pytest.approx(values(plain, "loss"), rel=5e-3)

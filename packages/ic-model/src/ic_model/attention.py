@@ -22,12 +22,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ic_model.cache import LatentLayer
 from ic_model.configuration import ICConfig
+from ic_model.ops.dispatch import kernel_refuses
 from ic_model.ops.mla_decode import latent_attention
+from ic_model.ops.rms_norm import rms_norm
+from ic_model.ops.rope import rope
 from ic_model.rope import apply_interleaved_rope, softmax_scale
 
 # what the absorbed path can stand in for: eager has to return its weights, and the masks of the others are no
 # tensors of [T, S]; those decode through the expanded path
 _ABSORBING = ("sdpa",)
+
+# rows from which the kernels of norm and rotation pay: with fewer, as when a token is decoded, choosing and
+# launching one from Python takes longer than PyTorch's several small ones
+KERNEL_ROWS = 256
 
 
 class ICRMSNorm(nn.Module):
@@ -43,10 +50,29 @@ class ICRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm `[..., dim]`; the dtype is kept."""
-        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
-        return self.weight * normed.to(x.dtype)
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Norm rows, after adding a residual where there is one.
+
+        Args:
+            x: `[..., dim]`.
+            residual: like x, or None.
+
+        Returns:
+            `[..., dim]` in the widest dtype of x, residual and weight; with a residual also the sum, in the
+            wider of x and residual.
+        """
+        if residual is not None and residual.dtype != x.dtype:
+            # autocast: projections give 16 bits, and what they are added to has 32
+            total = residual + x
+            return self(total), total
+        if self.weight.dtype in (x.dtype, torch.float32) and _kernels_pay(x):
+            return rms_norm(x, self.weight, epsilon=self.eps, residual=residual)
+        total = x if residual is None else residual + x
+        normed = F.rms_norm(total.float(), (total.shape[-1],), eps=self.eps)
+        out = self.weight * normed.to(total.dtype)
+        return out if residual is None else (out, total)
 
     def extra_repr(self) -> str:
         """Shape and epsilon, for print(model)."""
@@ -140,8 +166,7 @@ class ICAttention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        cos, sin = position_embeddings
-        return q_nope, apply_interleaved_rope(q_rope, cos[:, :, None], sin[:, :, None])
+        return q_nope, _rotate(q_rope, *position_embeddings)
 
     def _latent_rows(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
@@ -151,7 +176,9 @@ class ICAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(
             [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
         )
-        return self.kv_a_layernorm(latent), apply_interleaved_rope(k_rope, *position_embeddings)
+        # one head, shared by all
+        k_rope = _rotate(k_rope[:, :, None], *position_embeddings)[:, :, 0]
+        return self.kv_a_layernorm(latent), k_rope
 
     def _absorbed_is_cheaper(self, query_tokens: int) -> bool:
         """Whether absorbing costs fewer operations than expanding every cached row.
@@ -263,6 +290,20 @@ def eager_attention(
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _kernels_pay(x: torch.Tensor) -> bool:
+    """Whether norm and rotation of `[..., dim]` run as kernels of their own: many rows, on a GPU that can."""
+    # torch.compile fuses them by itself, with what is around them
+    compiling = torch.compiler.is_compiling()
+    return not compiling and x.shape[:-1].numel() >= KERNEL_ROWS and kernel_refuses(x) is None
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions of `[B, T, heads, R]`, with tables `[B or 1, T, R / 2]`."""
+    if _kernels_pay(x):
+        return rope(x, cos, sin)
+    return apply_interleaved_rope(x, cos[:, :, None], sin[:, :, None])
 
 
 def _optional_norm(wanted: bool, dim: int, eps: float) -> nn.Module:

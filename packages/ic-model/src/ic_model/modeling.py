@@ -51,8 +51,8 @@ class ICDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Map `[B, T, D]` to `[B, T, D]`; the keywords are ICAttention's."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed, hidden_states = self.post_attention_layernorm(attended, residual=hidden_states)
+        return hidden_states + self.mlp(normed)
 
 
 class ICPreTrainedModel(PreTrainedModel):

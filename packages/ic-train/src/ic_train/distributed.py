@@ -29,6 +29,16 @@ def fsdp_was_asked_for() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def compile_by_block(compiled: bool) -> None:
+    """Let accelerate compile block by block where torch.compile is on; before the trainer is built.
+
+    As a whole the model would be compiled before FSDP2 gives each block its hooks, which then do not run. The
+    variable is accelerate's own, but what a user sets is overwritten by its launcher.
+    """
+    if compiled:
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
+
+
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1

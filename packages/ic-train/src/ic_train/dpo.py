@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from trl import DPOConfig, TrlParser
 
 from ic_train.checkpoints import CheckpointWriter
 from ic_train.context_parallel import register_attention
+from ic_train.data.packing import PackedText
 from ic_train.distributed import (
     allow_fsdp_on_cpu,
+    compile_by_block,
     cpu_group,
     from_first_process,
     fsdp_was_asked_for,
@@ -35,11 +37,14 @@ from ic_train.distributed import (
     world_size,
 )
 from ic_train.long_context.arguments import LongContextModelArguments, check_model, check_optimiser
+from ic_train.long_context.documents import open_corpora
 from ic_train.long_context.models import build_model, described, lora_config
+from ic_train.long_context.models import identity as identity_of
 from ic_train.preemption import StopOnSignal
 from ic_train.preferences.store import Preferences, load_preferences
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
 from ic_train.tracking import LocalMetrics, guard_trackers, prepare_trackers
+from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
 from ic_train.trainers.long_context import keep_sums_in_float32
 from ic_train.trainers.preferences import OBJECTIVES, PairCollator, PreferenceTrainer
 from ic_train.trainers.restartable import NonFiniteLossError
@@ -57,6 +62,10 @@ class PreferenceArguments:
         validation_pairs: pairs that are not trained on, and measured instead where `eval_strategy` says so.
         objective: "dpo", "solopo" or "longpo"; see trainers.preferences.
         alignment_weight: of the second term of "solopo".
+        text_corpora: folders that `ic-train data text` made, with the model's tokenizer: every pair then comes
+            with a sequence of text, whose loss is added, so that the model keeps what it knows; empty: none.
+        text_weight: of that loss, the mean over its tokens.
+        text_tokens: per sequence of it.
         attn_implementation: "mla_prefill" for ic-model's kernels, or "sdpa", "eager".
         lora_rank: rank of LoRA adapters (PEFT); 0 trains all weights.
         lora_alpha: their scale.
@@ -71,6 +80,9 @@ class PreferenceArguments:
     validation_pairs: int = 0
     objective: str = "dpo"
     alignment_weight: float = 1.0
+    text_corpora: list[str] = field(default_factory=list)
+    text_weight: float = 1.0
+    text_tokens: int = 1024
     attn_implementation: str = "mla_prefill"
     lora_rank: int = 0
     lora_alpha: float = 32.0
@@ -134,6 +146,7 @@ def check(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
             f"alignment_weight is {arguments.alignment_weight}; it has no effect with objective "
             f"{arguments.objective!r}: leave it out"
         )
+    _check_text(arguments)
     if arguments.validation_pairs < 0:
         raise ValueError(f"validation_pairs is {arguments.validation_pairs}; it must be at least 0")
     validates = str(training.eval_strategy.value) != "no"
@@ -163,6 +176,18 @@ def check(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
             "pairs, with objective 'solopo' or 'longpo'"
         )
     check_optimiser(str(getattr(training.optim, "value", training.optim)), sharded=fsdp_was_asked_for())
+
+
+def _check_text(arguments: PreferenceArguments) -> None:
+    for name, accepted, is_accepted in (
+        ("text_weight", "above 0", arguments.text_weight > 0),
+        ("text_tokens", "at least 2", arguments.text_tokens >= 2),
+    ):
+        value = getattr(arguments, name)
+        if not is_accepted:
+            raise ValueError(f"{name} is {value}; it must be {accepted}")
+        if not arguments.text_corpora and value != getattr(PreferenceArguments, name):
+            raise ValueError(f"{name} is {value}; it has no effect without text_corpora: leave it out")
 
 
 def check_lengths(
@@ -201,13 +226,15 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
     # starts the process group, which what follows needs
     _ = training.device
     allow_fsdp_on_cpu()
+    compile_by_block(training.torch_compile)
     register_attention()
     # one for what ranks agree on in training, one for saves, which run beside it in a thread
     group, saving_group = cpu_group(), cpu_group()
     set_seed(training.seed)
-    model = _model(arguments)
+    model = _model(arguments, training)
     pairs = load_preferences(arguments.preferences, model.config.vocab_size)
     longest = check_lengths(pairs, arguments, training, model.config)
+    text = _text(arguments, training, model.config)
     parts = _split(pairs, arguments, training, group)
     record = _record(arguments, training, pairs, parts, longest)
     resume = resume_point(arguments.resume, training.output_dir, record["identity"], group)
@@ -215,14 +242,15 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
     stop = StopOnSignal(group)
     trainer = PreferenceTrainer(
         alignment_weight=arguments.alignment_weight,
+        text_weight=arguments.text_weight,
         model=model,
         # under FSDP the model is not sharded before training, so that the reference is one of its own for so long
-        ref_model=_model(arguments) if fsdp_was_asked_for() else None,
+        ref_model=_model(arguments, training) if fsdp_was_asked_for() else None,
         args=training,
         train_dataset=parts["training"],
         eval_dataset=parts.get("validation"),
         processing_class=AutoTokenizer.from_pretrained(arguments.model),
-        data_collator=PairCollator(pairs, arguments.objective),
+        data_collator=PairCollator(pairs, arguments.objective, text),
         peft_config=lora_config(model, arguments.of_model()) if arguments.lora_rank else None,
         callbacks=[stop, LocalMetrics()],
     )
@@ -253,10 +281,27 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
     return trainer
 
 
-def _model(arguments: PreferenceArguments) -> Any:
+def _model(arguments: PreferenceArguments, training: PreferenceTrainingArguments) -> Any:
     model = build_model(arguments.of_model())
     model.set_attn_implementation(arguments.attn_implementation)
-    return model
+    block = choose_feed_forward("auto", training.device, compiled=training.torch_compile)
+    return fuse_feed_forward(model, block)
+
+
+def _text(
+    arguments: PreferenceArguments, training: PreferenceTrainingArguments, config: ICConfig
+) -> PackedText | None:
+    if not arguments.text_corpora:
+        return None
+    if arguments.text_tokens > config.max_position_embeddings:
+        raise ValueError(
+            f"text_tokens is {arguments.text_tokens}; the model takes {config.max_position_embeddings} "
+            "(max_position_embeddings)"
+        )
+    corpora = open_corpora(arguments.text_corpora, config.vocab_size, name="text_corpora")
+    return PackedText(
+        corpora, tokens_per_sequence=arguments.text_tokens, seed=training.seed, name="text_tokens"
+    )
 
 
 def _split(
@@ -302,13 +347,8 @@ def _record(
     longest: int,
 ) -> dict[str, Any]:
     """What a run is: `identity` is what may not change when it is resumed."""
-    # kernels may change when it is resumed, and folders may have moved
     identity = {
-        "model": {
-            **asdict(arguments.of_model()),
-            "model": Path(arguments.model).name,
-            "attn_implementation": None,
-        },
+        "model": identity_of(arguments.of_model()),
         "pairs": pairs.digest,
         "training_pairs": len(parts["training"]),
         "objective": arguments.objective,
@@ -319,6 +359,9 @@ def _record(
         ),
         "seed": training.seed,
     }
+    if arguments.text_corpora:
+        names = [Path(path).name for path in arguments.text_corpora]
+        identity["text"] = [names, arguments.text_weight, arguments.text_tokens]
     return {
         **run_record("ic_train.dpo", identity),
         "longest_pair_tokens": longest,

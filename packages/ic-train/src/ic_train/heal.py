@@ -35,6 +35,7 @@ from ic_train.data.text import load_token_corpus
 from ic_train.results import commit, device_name
 from ic_train.trainers.distillation import OPTIMIZERS, DistillationTrainer, TimeLimit
 from ic_train.trainers.distillation_loss import DistillationWeights
+from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
 from ic_train.trainers.padded_attention import register_padded_sdpa
 
 RECORD_FILE = "training.json"
@@ -153,6 +154,8 @@ def heal(
     if not arguments.train_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
+    compiled = arguments.compile_layers or training_arguments.torch_compile
+    fuse_feed_forward(model, choose_feed_forward("auto", training_arguments.device, compiled=compiled))
     teacher = load_teacher(arguments, model) if arguments.teacher else None
     # the collator makes labels, which the trainer would not find among the columns
     training_arguments.remove_unused_columns = False

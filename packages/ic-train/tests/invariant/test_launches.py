@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from ic_model.testing import assert_close
 from safetensors.torch import load_file
 from training_runs import Run, launch_all, make_toys, steps_of, values
 
@@ -35,12 +36,15 @@ HYBRID = {
 }
 # only the first process reads the weights
 LEAN = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+# compiled block by block; in this process, since a pool of compilers costs more than there is to compile
+COMPILED = ["--torch_compile", "true"], {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 BFLOAT16, HALF = ["--bf16", "true"], {"ACCELERATE_MIXED_PRECISION": "bf16"}
 # 8 sequences a step in all of them
 SAME = {
     "documents see each other": [
         *("one", "batch", "full", "checkpointed", "alone"),
         *("two", "lean", "two-ring", "hybrid", "four-ring"),
+        *("one-compiled", "alone-compiled", "alone-compiled-checkpointed"),
     ],
     "documents apart": ["one-apart", "two-ring-apart", "four-ring-apart"],
 }
@@ -81,9 +85,20 @@ def run_all(root: Path) -> dict[str, Any]:
             # other kernels are no other run
             Run("one-resumed", [*saved, "--linear_loss", "full", "--attn_implementation", "sdpa"]),
             Run("wrong-resume", [*accumulate(4), *saved]),
+            Run("one-compiled", *COMPILED),
         ],
         # as on a single GPU
-        "1 sharded": [Run("alone"), Run("alone-resumed", saved), Run("alone-half", BFLOAT16, HALF)],
+        "1 sharded": [
+            Run("alone"),
+            Run("alone-resumed", saved),
+            Run("alone-half", BFLOAT16, HALF),
+            Run("alone-compiled", *COMPILED),
+            Run(
+                "alone-compiled-checkpointed",
+                [*COMPILED[0], "--gradient_checkpointing", "true"],
+                COMPILED[1],
+            ),
+        ],
         4: [
             Run("hybrid", accumulate(2), HYBRID),
             Run("four-ring", ring(4)),
@@ -161,6 +176,15 @@ def test_a_sharded_checkpoint_becomes_a_plain_folder(runs: dict[str, Any], tmp_p
     for name, value in exported.items():
         assert value.dtype == torch.bfloat16 and torch.equal(value, same[name]), name
     assert {"config.json", "tokenizer.json"} <= {file.name for file in (tmp_path / "plain").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["one-compiled", "alone-compiled"])
+def test_a_compiled_run_leaves_the_same_weights_under_the_same_names(runs: dict[str, Any], name: str) -> None:
+    expected = load_file(runs["runs"] / "one" / "model.safetensors")
+    found = load_file(runs["runs"] / name / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for weight, value in found.items():
+        assert_close(value, expected[weight], "bf16_rounded")
 
 
 def write_golden() -> None:

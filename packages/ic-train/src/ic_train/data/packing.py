@@ -28,9 +28,10 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         seed: of the order.
         num_sequences: length; default: one pass over the corpora.
         weights: share of each corpus in the sequences; default: by its tokens.
+        name: of the recipe's key for T, for messages.
 
     Raises:
-        ValueError: a corpus has fewer than T + 1 tokens, or the weights do not fit.
+        ValueError: a corpus has fewer than 2 T tokens, or the weights do not fit.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         seed: int,
         num_sequences: int | None = None,
         weights: Sequence[float] = (),
+        name: str = "tokens_per_sequence",
     ) -> None:
         self.corpora = corpora
         self.tokens_per_sequence = tokens_per_sequence
@@ -49,9 +51,8 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         for corpus, count in zip(corpora, self._counts, strict=True):
             if count < 1:
                 raise ValueError(
-                    f"tokens_per_sequence is {tokens_per_sequence}; a corpus of "
-                    f"{len(corpus.tokens)} tokens is too "
-                    f"short: it needs at least {2 * tokens_per_sequence}"
+                    f"{name} is {tokens_per_sequence}; a corpus of {len(corpus.tokens)} tokens is too short: it "
+                    f"needs at least {2 * tokens_per_sequence}"
                 )
         if weights and (len(weights) != len(corpora) or min(weights) <= 0):
             raise ValueError(

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from ic_train.context_parallel import MLA_PREFILL, RING
 from ic_train.context_parallel.layout import chunk_tokens
 from ic_train.long_context.documents import Packing
+from ic_train.profiling import UNPROFILED_STEPS
 
 
 @dataclass
@@ -26,9 +27,10 @@ class LongContextModelArguments:
         model: a checkpoint's folder, or a preset's name for random weights.
         attn_implementation: "mla_prefill" for ic-model's kernels, "mla_prefill_KERNEL" for one of them by name, or
             "sdpa", "eager" and what else transformers knows.
-        linear_loss: "liger", "chunked" (TRL's) or "full" (PyTorch's, with all logits at once); "auto":
-        Liger's on a
-            GPU, else TRL's.
+        linear_loss: "liger", "chunked" (TRL's) or "full" (PyTorch's, with all logits at once); "auto": Liger's
+            on a GPU, else TRL's.
+        feed_forward: "liger" (one kernel for the activation) or "plain" (PyTorch's); "auto": Liger's on a GPU,
+            unless torch.compile is on, which fuses PyTorch's.
         context_tokens: the context that the model is to have; 0: as it is.
         yarn_factor: how much YaRN stretches its positions, relative to original_context_tokens; 1: not.
         original_context_tokens: what the model was trained on before any extension.
@@ -40,6 +42,7 @@ class LongContextModelArguments:
     model: str = ""
     attn_implementation: str = MLA_PREFILL
     linear_loss: str = "auto"
+    feed_forward: str = "auto"
     context_tokens: int = 0
     yarn_factor: float = 1.0
     original_context_tokens: int = 0
@@ -96,12 +99,15 @@ class LongContextRunArguments:
             folder.
         background_checkpoints: whether training goes on while a checkpoint is written.
         save_final_model: whether the output folder becomes a model at the end; sweeps may not want it.
+        profile_steps: after the first three steps so many are profiled: `profile.txt` in the output folder says
+            which kernels took how long, `trace.json.gz` opens in https://ui.perfetto.dev; 0: none.
     """
 
     context_parallel_size: int = 1
     resume: str = ""
     background_checkpoints: bool = True
     save_final_model: bool = True
+    profile_steps: int = 0
 
 
 def check_model(arguments: LongContextModelArguments) -> None:
@@ -169,6 +175,14 @@ def check_training(
     """
     if training.max_steps < 1:
         raise ValueError(f"max_steps is {training.max_steps}; it must be at least 1: steps decide the budget")
+    if run.profile_steps < 0:
+        raise ValueError(f"profile_steps is {run.profile_steps}; it must be at least 0")
+    needed = UNPROFILED_STEPS + run.profile_steps
+    if run.profile_steps and training.max_steps < needed:
+        raise ValueError(
+            f"profile_steps is {run.profile_steps}, which needs max_steps of {needed} or more; it is "
+            f"{training.max_steps}"
+        )
     if str(training.eval_strategy.value) != "no":
         raise ValueError(
             f"eval_strategy is {training.eval_strategy.value!r}; it must be 'no': evaluate checkpoints by a "

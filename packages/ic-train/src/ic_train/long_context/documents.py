@@ -247,19 +247,24 @@ def _shuffled(data: PackedDocuments, chosen: int, epoch: int) -> tuple[np.ndarra
     return data.order_of(chosen, epoch)
 
 
-def open_corpora(paths: Sequence[str], vocabulary: int) -> list[TokenCorpus]:
+def open_corpora(paths: Sequence[str], vocabulary: int, *, name: str = "corpora") -> list[TokenCorpus]:
     """Corpora that a model of this vocabulary can be trained on.
+
+    Args:
+        paths: their folders.
+        vocabulary: number of the model's tokens.
+        name: of the recipe's key, for messages.
 
     Raises:
         ValueError: there are none, one is no corpus or damaged, or has tokens that the model does not know.
     """
     if not paths:
-        raise ValueError("corpora is empty; give folders that `ic-train data text` made")
+        raise ValueError(f"{name} is empty; give folders that `ic-train data text` made")
     corpora = [load_token_corpus(path) for path in paths]
     for path, corpus in zip(paths, corpora, strict=True):
         if corpus.record["vocab_size"] > vocabulary:
             raise ValueError(
-                f"corpora has {path}, made with a tokenizer of {corpus.record['vocab_size']} tokens; the model "
+                f"{name} has {path}, made with a tokenizer of {corpus.record['vocab_size']} tokens; the model "
                 f"has {vocabulary}"
             )
     return corpora

@@ -112,3 +112,12 @@ def described(arguments: LongContextModelArguments) -> dict[str, Any]:
     if Path(arguments.model).is_dir():
         fields["model"] = str(Path(arguments.model).resolve())
     return fields
+
+
+def identity(arguments: LongContextModelArguments) -> dict[str, Any]:
+    """What of the arguments may not change when a run is resumed: kernels may, and folders may have moved."""
+    fields = {**asdict(arguments), "model": Path(arguments.model).name}
+    # two that older checkpoints have
+    fields |= {"attn_implementation": None, "linear_loss": None}
+    del fields["feed_forward"]
+    return fields

@@ -10,7 +10,6 @@ import logging
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
@@ -20,6 +19,7 @@ from ic_train.checkpoints import CheckpointWriter
 from ic_train.context_parallel import RING, Ring, register_attention
 from ic_train.distributed import (
     allow_fsdp_on_cpu,
+    compile_by_block,
     cpu_group,
     fsdp_was_asked_for,
     rank,
@@ -36,9 +36,12 @@ from ic_train.long_context.arguments import (
 )
 from ic_train.long_context.documents import PackedDocuments, open_corpora
 from ic_train.long_context.models import add_adapters, build_model, described
+from ic_train.long_context.models import identity as identity_of
 from ic_train.preemption import StopOnSignal
+from ic_train.profiling import StepProfile
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
 from ic_train.tracking import LocalMetrics, guard_trackers, prepare_trackers
+from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
 from ic_train.trainers.linear_loss import add_loss_head, choose_loss
 from ic_train.trainers.long_context import LongContextTrainer
 from ic_train.trainers.restartable import NonFiniteLossError
@@ -89,6 +92,7 @@ def train(recipe: Recipe) -> LongContextTrainer:
     # starts the process group, which what follows needs
     _ = args.device
     allow_fsdp_on_cpu()
+    compile_by_block(args.torch_compile)
     ring = Ring(ring_groups(recipe.run.context_parallel_size))
     register_attention(ring)
     # one for what ranks agree on in training, one for saves, which run beside it in a thread
@@ -98,7 +102,9 @@ def train(recipe: Recipe) -> LongContextTrainer:
     record = _record(recipe, data)
     resume = resume_point(recipe.run.resume, args.output_dir, record["identity"], group)
     kind = choose_loss(recipe.model.linear_loss, args.device)
+    block = choose_feed_forward(recipe.model.feed_forward, args.device, compiled=args.torch_compile)
     config = model.config
+    fuse_feed_forward(model, block)
     prepared = add_adapters(add_loss_head(model, kind), recipe.model)
     prepare_trackers(args)
     stop = StopOnSignal(group)
@@ -118,9 +124,10 @@ def train(recipe: Recipe) -> LongContextTrainer:
         ),
         record=record["identity"],
         files={RUN_FILE: json.dumps(described(recipe.model), indent=1) + "\n"},
-        callbacks=[stop, LocalMetrics()],
+        callbacks=[stop, LocalMetrics(), *_profile(recipe)],
     )
-    guard_trackers(trainer.callback_handler, _facts(record, kind))
+    facts = {"linear_loss": kind, "feed_forward": block}
+    guard_trackers(trainer.callback_handler, {**_facts(record), **facts})
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     record["wall_s"] = round(time.perf_counter() - started, 1)
@@ -133,6 +140,11 @@ def train(recipe: Recipe) -> LongContextTrainer:
     # a process that leaves while the others still write takes their connections with it
     trainer.accelerator.wait_for_everyone()
     return trainer
+
+
+def _profile(recipe: Recipe) -> list[StepProfile]:
+    steps = recipe.run.profile_steps
+    return [StepProfile(steps)] if steps and rank() == 0 else []
 
 
 def _model(recipe: Recipe) -> Any:
@@ -165,15 +177,8 @@ def _sequences_per_step(recipe: Recipe) -> int:
 def _record(recipe: Recipe, data: PackedDocuments) -> dict[str, Any]:
     """What a run is: `identity` is what may not change when it is resumed."""
     sequences = _sequences_per_step(recipe)
-    # kernels may change when it is resumed, and folders may have moved
-    model = {
-        **described(recipe.model),
-        "model": Path(recipe.model.model).name,
-        "attn_implementation": None,
-        "linear_loss": None,
-    }
     identity = {
-        "model": model,
+        "model": identity_of(recipe.model),
         "packing": asdict(data.packing),
         "streams": data.streams,
         "sequences_per_step": sequences,
@@ -186,13 +191,12 @@ def _record(recipe: Recipe, data: PackedDocuments) -> dict[str, Any]:
     }
 
 
-def _facts(record: dict[str, Any], kind: str) -> dict[str, Any]:
+def _facts(record: dict[str, Any]) -> dict[str, Any]:
     """What trackers are told beside transformers' arguments."""
     identity = record["identity"]
     return {
         "git_commit": record["commit"],
         "command": record["command"],
-        "linear_loss": kind,
         "processes": record["processes"],
         "context_parallel_size": record["context_parallel_size"],
         "tokens_per_step": identity["tokens_per_step"],

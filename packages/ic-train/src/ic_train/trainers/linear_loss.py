@@ -107,6 +107,8 @@ def choose_loss(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+# both launch kernels of their own, which the compiler need not look into
+@torch.compiler.disable
 def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     found: Any = import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy(
         hidden,
@@ -120,6 +122,7 @@ def _liger(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> 
     return found.loss if hasattr(found, "loss") else found
 
 
+@torch.compiler.disable
 def _chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     from trl.kernels import ChunkedLogProbFunction
 

@@ -16,12 +16,13 @@ from torch import nn
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from ic_train.data.packing import PackedText
 from ic_train.preferences.store import Pair, Preferences
 from ic_train.trainers.restartable import Restartable
 
 OBJECTIVES = ("dpo", "solopo", "longpo")
-# rows of a second prompt stand in a batch under these prefixes
-LONG, REFERENCE = "long_", "reference_"
+# rows of a second prompt, and of text, stand in a batch under these prefixes
+LONG, REFERENCE, TEXT = "long_", "reference_", "text_"
 
 
 class PairCollator:
@@ -30,11 +31,13 @@ class PairCollator:
     Args:
         pairs: all.
         objective: one of OBJECTIVES.
+        text: of which each pair brings the sequence of its own number, or None.
     """
 
-    def __init__(self, pairs: Preferences, objective: str) -> None:
+    def __init__(self, pairs: Preferences, objective: str, text: PackedText | None = None) -> None:
         self.pairs = pairs
         self.objective = objective
+        self.text = text
         self.kinds = pairs.kinds
         # any token pads: neither attention nor loss sees it
         self._rows = DataCollatorForPreference(pad_token_id=0)
@@ -48,7 +51,8 @@ class PairCollator:
         Returns:
             the rows that the preference is learnt on, the chosen answers before the rejected ones, `[2 P, T]`; the
             same with the prefix `reference_` where the reference sees other prompts; with the prefix `long_` the
-            chosen answers behind the whole contexts, `[P, T]`; `kinds` `[P]`; the reference's log-probabilities.
+            chosen answers behind the whole contexts, `[P, T]`; `kinds` `[P]`; the reference's log-probabilities;
+            beside these `text_input_ids`, `[P, tokens of a sequence]`.
         """
         pairs = [self.pairs[example["pair"]] for example in examples]
         learnt = "short_prompt_ids" if self.objective == "solopo" else "prompt_ids"
@@ -57,6 +61,9 @@ class PairCollator:
         if self.objective == "solopo":
             whole = self._of(pairs, "prompt_ids")
             batch |= {LONG + name: part[: len(pairs)] for name, part in whole.items()}
+        if self.text is not None and "ref_chosen_logps" in examples[0]:
+            texts = [self.text[example["pair"]]["input_ids"] for example in examples]
+            batch[f"{TEXT}input_ids"] = torch.stack(texts)
         if self.objective == "longpo" and "ref_chosen_logps" not in examples[0]:
             batch |= {REFERENCE + name: part for name, part in self._of(pairs, "short_prompt_ids").items()}
         return batch
@@ -90,16 +97,21 @@ class PreferenceTrainer(Restartable, DPOTrainer):
         |r(long) - r(short)|, the rewards r = beta log(pi / pi_ref) of the chosen answer behind both prompts
         (SoLoPO, arXiv 2505.11166, in its chosen-only form): the one forward pass at length.
 
+    With text, `text_weight` times its mean loss per token is added in training, as InstructGPT mixes pretraining
+    in (arXiv 2203.02155, eq. 2).
+
     Args:
         alignment_weight: of the second term of `solopo`.
+        text_weight: of the text's loss.
         arguments: of TRL's trainer; `data_collator` is a PairCollator.
     """
 
-    def __init__(self, *, alignment_weight: float, **arguments: Any) -> None:
+    def __init__(self, *, alignment_weight: float, text_weight: float, **arguments: Any) -> None:
         collator = arguments["data_collator"]
         self.objective = collator.objective
         self.kinds = collator.kinds
         self.alignment_weight = alignment_weight
+        self.text_weight = text_weight
         super().__init__(**arguments)
 
     def compute_ref_log_probs(
@@ -135,7 +147,7 @@ class PreferenceTrainer(Restartable, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
         inputs = dict(inputs)
-        kinds, long = inputs.pop("kinds"), _take(inputs, LONG)
+        kinds, long, text = inputs.pop("kinds"), _take(inputs, LONG), _take(inputs, TEXT)
         reference_long = None
         if long:
             inputs["ref_chosen_logps"], reference_long = inputs["ref_chosen_logps"].unbind(1)
@@ -155,17 +167,26 @@ class PreferenceTrainer(Restartable, DPOTrainer):
             self._metrics[self._mode]["alignment"].append(self._mean(distance))
             self._metrics[self._mode]["rewards/chosen_long"].append(self._mean(long_reward.mean()))
             loss = loss + self.alignment_weight * distance
-            if self.model.training:
-                # what TRL has counted are the short rows
-                read = self.accelerator.gather(long["attention_mask"].sum()).sum().item()
-                self._total_train_tokens += read
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            self._count_tokens(long["attention_mask"])
+        if text and self.model.training:
+            ids = text["input_ids"]
+            outputs = model(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
+            text_loss = -outputs.log_probs.sum() / ids[:, 1:].numel()
+            self._metrics["train"]["text_loss"].append(self._mean(text_loss))
+            loss = loss + self.text_weight * text_loss
+            self._count_tokens(torch.ones_like(ids))
         self.note_if_not_finite(loss.detach())
         return (loss, {}) if return_outputs else loss
 
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def _count_tokens(self, mask: torch.Tensor) -> None:
+        """Add rows that TRL has not counted."""
+        if self.model.training:
+            self._total_train_tokens += self.accelerator.gather(mask.sum()).sum().item()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
     def _count_by_kind(self, kinds: torch.Tensor, right: torch.Tensor) -> None:
         """Note how often the reward of the chosen answer is the larger one, for each kind of pair."""
