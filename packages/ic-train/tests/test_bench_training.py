@@ -42,6 +42,34 @@ def test_commands_differ_in_what_is_compared_alone(tmp_path: Path) -> None:
     assert ours[ours.index("--tokens_per_sequence") + 1] == "8192"
 
 
+def test_a_profile_replaces_the_speed_and_stays_beside_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # a run that leaves what the trainer would
+    table = "2.0 ms of kernels\n 1.0 a kernel\n"
+    steps = json.dumps({"step": 1, "loss": 1.0, "tokens_per_s": 5.0})
+
+    def run(options: argparse.Namespace, length: int, name: str, corpus: Path, output: Path) -> list[str]:
+        command = found(options, length, name, corpus, output)
+        assert command[command.index("--profile_steps") + 1] == "2"
+        assert command[command.index("--max_steps") + 1] == "5"
+        output.mkdir()
+        (output / "metrics.jsonl").write_text(f"{steps}\n{steps}\n")
+        (output / "profile.txt").write_text(table)
+        return [sys.executable, "-c", "", "ic_train.sft"]
+
+    found = training._command
+    monkeypatch.setattr(training, "_command", run)
+    words = ["--lengths", "8192", "--implementations", "ours", "--profile", "2", "--results", str(tmp_path)]
+    assert training.main([*words, "--corpus", str(tmp_path)]) == 0
+    assert "1.0 a kernel" in capsys.readouterr().out
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "profile-ours-8192.txt").read_text() == table
+    (row,) = json.loads((folder / "result.json").read_text())["rows"]
+    assert row["profile"] == "profile-ours-8192.txt" and "tokens_per_s" not in row
+    assert training.main(["--profile", "-1"]) == 2
+
+
 def test_a_ring_takes_the_nodes_launcher_and_shares_the_sequence() -> None:
     options = training._parser().parse_args(["--gpus", "8"])
     command = training._command(options, 1048576, "ours", Path("corpus"), Path("out"))

@@ -12,7 +12,7 @@ from ic_model.testing import assert_close
 from torch.nn import functional as F
 from training_runs import toy_config
 
-from ic_train.trainers import feed_forward
+from ic_train.trainers import liger
 from ic_train.trainers.feed_forward import LigerMLP, choose_feed_forward, fuse_feed_forward
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -27,13 +27,13 @@ def test_what_cannot_run_here_is_refused() -> None:
 
 
 def test_a_gpu_has_ligers_unless_the_compiler_fuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(liger.util, "find_spec", lambda _: object())
     assert choose_feed_forward("auto", GPU) == choose_feed_forward("liger", GPU) == "liger"
     assert choose_feed_forward("auto", GPU, compiled=True) == choose_feed_forward("plain", GPU) == "plain"
     assert choose_feed_forward("auto", CPU) == "plain"
     with pytest.raises(ValueError, match="feed_forward is 'liger', which needs a GPU; accepted here: plain"):
         choose_feed_forward("liger", CPU)
-    monkeypatch.setattr(feed_forward.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(liger.util, "find_spec", lambda _: None)
     assert choose_feed_forward("auto", GPU) == "plain"
     with pytest.raises(ValueError, match=r"needs the package liger-kernel \(ic-train\[gpu\]\)"):
         choose_feed_forward("liger", GPU)

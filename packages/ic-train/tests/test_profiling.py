@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from training_runs import Run, launch_all, make_toys, steps_of
 
-from ic_train.profiling import TABLE_FILE, TRACE_FILE, table
+from ic_train.profiling import TABLE_FILE, TRACE_FILE, StepProfile, table
 
 
 def test_most_time_comes_first_and_shares_are_of_the_kernels() -> None:
@@ -19,6 +22,29 @@ def test_most_time_comes_first_and_shares_are_of_the_kernels() -> None:
         ["0.750", "75.0%", "1.0", "large"],
         ["0.250", "25.0%", "2.0", "small"],
     ]
+
+
+@pytest.mark.parametrize(("done", "said"), [(5, "mean of 2"), (9, "mean of 3"), (3, ""), (1, "")])
+def test_a_run_that_ends_early_has_the_profile_of_what_it_did(tmp_path: Path, done: int, said: str) -> None:
+    profile = StepProfile(3)
+    run: Any = {
+        "args": SimpleNamespace(device=torch.device("cpu"), output_dir=str(tmp_path)),
+        "state": None,
+        "control": None,
+    }
+    profile.on_train_begin(**run)
+    for _ in range(done):
+        with torch.profiler.record_function("a name that holds it"):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+        profile.on_step_end(**run)
+    profile.on_train_end(**run)
+    assert (tmp_path / TABLE_FILE).exists() == (tmp_path / TRACE_FILE).exists() == bool(said)
+    if said:
+        lines = (tmp_path / TABLE_FILE).read_text().splitlines()
+        assert lines[0].endswith(said)
+        (products,) = [line.split() for line in lines if line.endswith("aten::mm")]
+        assert products[2] == "1.0"
+        assert not any("ProfilerStep" in line or "a name that" in line for line in lines)
 
 
 @pytest.fixture(scope="module")

@@ -99,14 +99,8 @@ def test_reference_and_kernels_train_alike(toys: dict[str, Path], apart: str) ->
         toys,
         f"reference-{apart}",
         *documents,
-        *(
-            "--attn_implementation",
-            "mla_prefill_reference",
-            "--linear_loss",
-            "full",
-            "--feed_forward",
-            "plain",
-        ),
+        *("--attn_implementation", "mla_prefill_reference"),
+        *("--linear_loss", "full", "--feed_forward", "plain"),
     )
     fused = train(toys, f"kernels-{apart}", *documents)
     assert values(fused, "loss") == pytest.approx(values(plain, "loss"), rel=5e-3)

@@ -32,8 +32,8 @@ from ic_model.rope import apply_interleaved_rope, softmax_scale
 # tensors of [T, S]; those decode through the expanded path
 _ABSORBING = ("sdpa",)
 
-# rows from which the kernels of norm and rotation pay: with fewer, as when a token is decoded, choosing and
-# launching one from Python takes longer than PyTorch's several small ones
+# rows from which norm and rotation run as kernels. With few, as when a token is decoded, time goes to choosing and
+# launching them from Python; where that begins to pay has not been measured
 KERNEL_ROWS = 256
 
 

@@ -38,8 +38,7 @@ from ic_train.distributed import (
 )
 from ic_train.long_context.arguments import LongContextModelArguments, check_model, check_optimiser
 from ic_train.long_context.documents import open_corpora
-from ic_train.long_context.models import build_model, described, lora_config
-from ic_train.long_context.models import identity as identity_of
+from ic_train.long_context.models import build_model, described, identity_of, lora_config
 from ic_train.preemption import StopOnSignal
 from ic_train.preferences.store import Preferences, load_preferences
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model

@@ -55,7 +55,8 @@ class StepProfile(TrainerCallback):
         if self._profiler is not None:
             if args.device.type == "cuda":
                 torch.cuda.synchronize()
-            self._ends_s.append(time.perf_counter())
+            if len(self._ends_s) < UNPROFILED_STEPS + self.steps:
+                self._ends_s.append(time.perf_counter())
             self._profiler.step()
 
     def on_train_end(
@@ -67,16 +68,22 @@ class StepProfile(TrainerCallback):
             self._profiler = None
 
     def _write(self, profiler: profile, folder: Path) -> None:
+        # fewer than asked for where the run ended before
+        steps = len(self._ends_s) - UNPROFILED_STEPS
+        if steps < 1:
+            return
+        # ranges that somebody named hold kernels, which count themselves
+        events = [event for event in profiler.key_averages() if not event.is_user_annotation]
         rows = [
             (event.key, event.count, event.self_device_time_total)
-            for event in profiler.key_averages()
+            for event in events
             if event.device_type == DeviceType.CUDA
         ]
         if not rows:
-            rows = [(event.key, event.count, event.self_cpu_time_total) for event in profiler.key_averages()]
-        wall_s = self._ends_s[-1] - self._ends_s[-1 - self.steps]
+            rows = [(event.key, event.count, event.self_cpu_time_total) for event in events]
+        wall_s = self._ends_s[-1] - self._ends_s[UNPROFILED_STEPS - 1]
         try:
-            (folder / TABLE_FILE).write_text(table(rows, self.steps, wall_s))
+            (folder / TABLE_FILE).write_text(table(rows, steps, wall_s))
             profiler.export_chrome_trace(str(folder / TRACE_FILE))
         except OSError as error:
             logger.error("the profile was not written: %s", error)

@@ -114,10 +114,10 @@ def described(arguments: LongContextModelArguments) -> dict[str, Any]:
     return fields
 
 
-def identity(arguments: LongContextModelArguments) -> dict[str, Any]:
+def identity_of(arguments: LongContextModelArguments) -> dict[str, Any]:
     """What of the arguments may not change when a run is resumed: kernels may, and folders may have moved."""
-    fields = {**asdict(arguments), "model": Path(arguments.model).name}
-    # two that older checkpoints have
-    fields |= {"attn_implementation": None, "linear_loss": None}
+    fields: dict[str, Any] = asdict(arguments)
+    fields |= {"model": Path(arguments.model).name, "attn_implementation": None}
+    # not in the checkpoints of before there was a choice
     del fields["feed_forward"]
     return fields

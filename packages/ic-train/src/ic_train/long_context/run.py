@@ -35,8 +35,7 @@ from ic_train.long_context.arguments import (
     check_training,
 )
 from ic_train.long_context.documents import PackedDocuments, open_corpora
-from ic_train.long_context.models import add_adapters, build_model, described
-from ic_train.long_context.models import identity as identity_of
+from ic_train.long_context.models import add_adapters, build_model, described, identity_of
 from ic_train.preemption import StopOnSignal
 from ic_train.profiling import StepProfile
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
@@ -178,7 +177,8 @@ def _record(recipe: Recipe, data: PackedDocuments) -> dict[str, Any]:
     """What a run is: `identity` is what may not change when it is resumed."""
     sequences = _sequences_per_step(recipe)
     identity = {
-        "model": identity_of(recipe.model),
+        # a kernel, too
+        "model": identity_of(recipe.model) | {"linear_loss": None},
         "packing": asdict(data.packing),
         "streams": data.streams,
         "sequences_per_step": sequences,

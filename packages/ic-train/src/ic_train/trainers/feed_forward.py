@@ -6,11 +6,13 @@ and a width of 5,632 those are 176 MiB per layer in bfloat16.
 
 from __future__ import annotations
 
-from importlib import import_module, util
+from importlib import import_module
 
 import torch
 from ic_model import ICForCausalLM
 from ic_model.modeling import ICMLP
+
+from ic_train.trainers import liger
 
 FEED_FORWARDS = ("auto", "liger", "plain")
 
@@ -36,15 +38,7 @@ def choose_feed_forward(wanted: str, device: torch.device, *, compiled: bool = F
     Raises:
         ValueError: the name is unknown, or that block cannot run here.
     """
-    if wanted not in FEED_FORWARDS:
-        raise ValueError(f"feed_forward is {wanted!r}; accepted: {', '.join(FEED_FORWARDS)}")
-    installed, on_gpu = util.find_spec("liger_kernel") is not None, device.type == "cuda"
-    if wanted == "auto":
-        return "liger" if installed and on_gpu and not compiled else "plain"
-    if wanted == "liger" and not (installed and on_gpu):
-        missing = "a GPU" if installed else "the package liger-kernel (ic-train[gpu])"
-        raise ValueError(f"feed_forward is 'liger', which needs {missing}; accepted here: plain")
-    return wanted
+    return liger.choose("feed_forward", wanted, FEED_FORWARDS, device, otherwise="plain", wins=not compiled)
 
 
 def fuse_feed_forward(model: ICForCausalLM, kind: str) -> ICForCausalLM:

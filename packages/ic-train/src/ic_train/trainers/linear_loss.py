@@ -10,7 +10,7 @@ Letters: T tokens, D model width.
 
 from __future__ import annotations
 
-from importlib import import_module, util
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ic_train.context_parallel import SequenceLayout
+from ic_train.trainers import liger
 
 LOSSES = ("auto", "liger", "chunked", "full")
 IGNORED = -100
@@ -96,15 +97,7 @@ def choose_loss(wanted: str, device: torch.device) -> str:
     Raises:
         ValueError: the name is unknown, or that loss cannot run here.
     """
-    if wanted not in LOSSES:
-        raise ValueError(f"linear_loss is {wanted!r}; accepted: {', '.join(LOSSES)}")
-    installed, on_gpu = util.find_spec("liger_kernel") is not None, device.type == "cuda"
-    if wanted == "auto":
-        return "liger" if installed and on_gpu else "chunked"
-    if wanted == "liger" and not (installed and on_gpu):
-        missing = "a GPU" if installed else "the package liger-kernel (ic-train[gpu])"
-        raise ValueError(f"linear_loss is 'liger', which needs {missing}; accepted here: chunked, full")
-    return wanted
+    return liger.choose("linear_loss", wanted, LOSSES, device, otherwise="chunked")
 
 
 # both launch kernels of their own, which the compiler need not look into
