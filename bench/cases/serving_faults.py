@@ -234,20 +234,28 @@ def _killed_engine(server: Server) -> str:
 
 
 def _engine_process(server_pid: int) -> int:
-    """The engine among a server's descendants, by the name that vLLM gives it."""
-    found = []
+    """The engine among a server's processes: by the name that vLLM gives it, else the one child that can be it.
+
+    vLLM names its processes by setproctitle, which does nothing where an import has changed the first variable of
+    the environment.
+    """
+    named, children = [], []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             name, _, rest = stat.read_text().partition(") ")
-            session = int(rest.split()[3])
+            parent, session = int(rest.split()[1]), int(rest.split()[3])
             command = (stat.parent / "cmdline").read_text()
         except (OSError, ValueError, IndexError):
             continue
         if session == server_pid and ("EngineCor" in name or "EngineCore" in command):
-            found.append(int(stat.parent.name))
-    if not found:
-        raise Fault("no process of the server is called EngineCore")
-    return min(found)
+            named.append(int(stat.parent.name))
+        if parent == server_pid and "resource_tracker" not in command:
+            children.append(int(stat.parent.name))
+    if named:
+        return min(named)
+    if len(children) != 1:
+        raise Fault(f"no process of the server is called EngineCore, and it has {len(children)} children")
+    return children[0]
 
 
 STARTS: dict[str, Callable[[Any], str]] = {
