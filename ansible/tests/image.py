@@ -25,7 +25,7 @@ OFFERED = [
 ]  # fmt: skip
 # no documentation, and no fsync while packages are installed: the machines live for minutes
 DPKG = ["force-unsafe-io", "path-exclude=/usr/share/doc/*", "path-exclude=/usr/share/man/*"]
-# on the machine that runs the tests: command and Debian's package of it
+# on the machine that runs the tests: command and Debian's packages of it
 TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "systemd-nspawn": "systemd-container",
@@ -37,6 +37,7 @@ TOOLS = {
     "dpkg-deb": "dpkg",
     "gpg": "gnupg",
     "mke2fs": "e2fsprogs",
+    "cc": "gcc libc6-dev",
 }
 COMMAND_TIMEOUT_S = 300
 
@@ -67,7 +68,9 @@ def install_tools() -> None:
         raise BedError(
             "the test bed boots machines with systemd-nspawn, which takes root; run the tests as root"
         )
-    missing = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool)})
+    missing = sorted(
+        {name for tool, names in TOOLS.items() if not shutil.which(tool) for name in names.split()}
+    )
     if not missing:
         return
     if not shutil.which("apt-get"):

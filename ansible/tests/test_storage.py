@@ -73,7 +73,12 @@ def machines(base, scratch):
     kept = os.environ.get("IC_BED_CACHE")
     kernel = uml.unpack((base.parent if kept else scratch) / "uml-kernel")
     with uml.UmlBed(
-        base=base, packages=base.parent / "debian", scratch=folder, names=["s1", "s2"], kernel=kernel
+        base=base,
+        packages=base.parent / "debian",
+        scratch=folder,
+        names=["s1", "s2"],
+        kernel=kernel,
+        ptrace=uml.build_ptrace(folder),
     ) as made:
         yield made
 

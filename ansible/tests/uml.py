@@ -6,6 +6,7 @@ Here it is Debian's, with Debian's modules. Such a machine is slower: each new p
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -45,18 +46,37 @@ def unpack(folder: Path) -> Path:
     return kernel
 
 
-@dataclass
+def build_ptrace(folder: Path) -> Path:
+    """The library of uml_ptrace.c, in the folder: without it Debian's kernel runs on no processor with AMX."""
+    library = folder / "uml_ptrace.so"
+    run(
+        "cc",
+        "-O2",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        Path(__file__).with_name("uml_ptrace.c"),
+        "-o",
+        library,
+    )
+    return library
+
+
+@dataclass(kw_only=True)
 class UmlBed(Bed):
     """The same bed, with a kernel in each machine. Its disk is a file."""
 
-    kernel: Path = Path("/usr/bin/linux.uml")
+    kernel: Path
+    ptrace: Path
     namespace: str = field(default_factory=lambda: f"icuml{os.getpid()}")
 
     def boot(self, name: str) -> None:
         """Start a machine, the first time or after it was killed."""
         machine = self.machines[name]
         command = self.inside(
-            self.kernel, f"mem={MEMORY}", f"umid={name}", f"uml_dir={machine.folder}/",
+            "env", f"LD_PRELOAD={self.ptrace}", self.kernel, f"mem={MEMORY}",
+            f"umid={name}", f"uml_dir={machine.folder}/",
             f"ubd0={machine.folder / 'disk'}", "root=/dev/ubda", "rw", "init=/sbin/bed-init",
             f"eth0=tuntap,tap-{name}", "con=null", "con0=fd:0,fd:1",
         )  # fmt: skip
@@ -70,7 +90,9 @@ class UmlBed(Bed):
         machine = self.machines[name]
         if machine.process:
             self._disconnect(name)
-            os.killpg(machine.process.pid, signal.SIGKILL)
+            # one that ended by itself and was waited for is no process any more, and its log says why it ended
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(machine.process.pid, signal.SIGKILL)
             machine.process.wait(timeout=20)
             machine.process = None
 

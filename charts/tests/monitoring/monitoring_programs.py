@@ -1,6 +1,8 @@
 """Prometheus and Alertmanager: those of the machine, or Debian's, fetched by apt-get and unpacked elsewhere.
 
-Unpacked, not installed: a package's installation would start its service, which listens on all interfaces.
+Unpacked, not installed: a package's installation would start its service, which listens on all interfaces. But
+Debian's Alertmanager reads its templates from /usr/share and takes no other place, so that it runs with its own
+folder laid over that one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,13 @@ from typing import Any
 
 PACKAGES = ("prometheus", "prometheus-alertmanager")
 APT_TIMEOUT_S = 240
+# in a mount namespace of its own; who is not root is root in one of users
+LAID_OVER = """#!/bin/sh
+[ "$(id -u)" = 0 ] || as=--map-root-user
+exec unshare $as --mount sh -c '
+    mount -t overlay overlay -o "lowerdir=$0/share:/usr/share" /usr/share && exec "$@"
+' {usr} {usr}/bin/{name} "$@"
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +48,14 @@ def programs() -> Programs:
     """The four programs, fetched when one is missing."""
     found = {key: shutil.which(name) for key, name in NAMES.items()}
     if not all(found.values()):
-        folder = _unpacked() / "usr" / "bin"
+        folder = _unpacked()
         found = {key: str(folder / name) for key, name in NAMES.items()}
     return Programs(**{key: Path(path) for key, path in found.items() if path})
 
 
 def _unpacked() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infinite-context"
-    folder = base / "prometheus-debian"
+    folder = base / "prometheus-debian" / "run"
     if folder.is_dir():
         return folder
     base.mkdir(parents=True, exist_ok=True)
@@ -64,8 +73,13 @@ def _unpacked() -> Path:
             subprocess.run(
                 ["dpkg-deb", "--extract", package, scratch / "root"], check=True, timeout=APT_TIMEOUT_S
             )
-        if not folder.is_dir():
-            (scratch / "root").rename(folder)
+        (scratch / "root/run").mkdir()
+        for program in NAMES.values():
+            script = scratch / "root/run" / program
+            script.write_text(LAID_OVER.format(usr=folder.parent / "usr", name=program))
+            script.chmod(0o755)
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        (scratch / "root").rename(folder.parent)
     return folder
 
 
