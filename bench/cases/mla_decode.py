@@ -135,7 +135,6 @@ class DecodeProblem:
         """The reference on the first set, from a query in float32."""
         from ic_model.ops.mla_decode.reference import mla_decode
 
-        scaled = {"kv_scale": self.kv_scale} if self.kv_scale != 1.0 else {}
         out, lse = mla_decode(
             self.q[0].float(),
             self.kv_cache,
@@ -143,7 +142,7 @@ class DecodeProblem:
             seq_lens=self.seq_lens,
             kv_lora_rank=self.kv_lora_rank,
             softmax_scale=self.softmax_scale,
-            **scaled,
+            kv_scale=self.kv_scale,
         )
         return {"out": out, "lse": lse}
 

@@ -17,7 +17,7 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 SMALL_STEPS = {"max_num_batched_tokens": 256, "max_num_seqs": 8}
 # what is left of a prompt whose pages are cached runs absorbed
 ABSORBED = {"additional_config": {"infinite_context": {"absorbed_tokens": 128}}}
-ADAPTED = ["q_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTED = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # the same numbers in both, multiplied in bfloat16: about 2**-8 of logarithms around 6
 LOGPROB_BFLOAT16 = 0.15
 SAME_TOKENS = {
@@ -39,7 +39,8 @@ TWO_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": f"{CORES[0]}|{CORES[-1]}"}
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("features")
-    base = write_checkpoint(root / "base")
+    # adapted and quantised, the projections to both latents are apart; else one product
+    base = write_checkpoint(root / "base", q_lora_rank=128)
     write_gptq(base, root / "gptq", root / "plain")
     write_lora(base, root / "adapter", root / "merged", ADAPTED)
     write_lora(base, root / "adapter-of-kv-b", None, ["o_proj", "kv_b_proj"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -31,16 +31,26 @@ class Problem:
     seq_lens: torch.Tensor
     kv_lora_rank: int
     kv_scale: float = 1.0
+    q_rope: torch.Tensor | None = None
 
     def arguments(self) -> dict:
-        names = ("block_table", "seq_lens", "kv_lora_rank", "kv_scale")
+        names = ("block_table", "seq_lens", "kv_lora_rank", "kv_scale", "q_rope")
         return {name: getattr(self, name) for name in names} | {"softmax_scale": SCALE}
+
+    def apart(self, spare: int = 16) -> Problem:
+        """With the query in two tensors, as a model has them: heads first, and the end of wider rows of NaN."""
+        latent, rope = self.q[..., : self.kv_lora_rank], self.q[..., self.kv_lora_rank :]
+        q = latent.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+        wide = torch.nn.functional.pad(rope, (spare, 0), value=float("nan"))
+        return replace(self, q=q, q_rope=wide[..., spare:])
 
     def run(self, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
         return mla_decode(self.q, self.kv_cache, **self.arguments(), implementation=implementation)
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return reference(self.q.float(), self.kv_cache, **self.arguments())
+        parts = {"q": self.q, "q_rope": self.q_rope}
+        wide = {name: part.float() for name, part in parts.items() if part is not None}
+        return reference(kv_cache=self.kv_cache, **self.arguments() | wide)
 
 
 def problem(
@@ -157,6 +167,17 @@ def test_views(device):
     assert_close(lse, expected[1], "fp32_attention")
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+@pytest.mark.parametrize("query_tokens", [1, 3])
+def test_a_query_in_two_tensors(device, dtype, implementation, query_tokens):
+    """The same bits, wherever the parts lie; where kernels could not read them, they are put together."""
+    made = problem([90, 20, 0], device=device, dtype=dtype, query_tokens=query_tokens)
+    expected = made.run(implementation)
+    for spare in (16, 8):
+        for left, right in zip(made.apart(spare).run(implementation), expected, strict=True):
+            assert torch.equal(left, right)
+
+
 def test_rows_that_are_not_aligned_are_left_to_the_reference(device):
     made = problem([50, 3], device=device, dtype=torch.float16, rope_dim=24)
     with pytest.raises(ValueError, match=r"strides .* accepted: multiples of 16"):
@@ -205,6 +226,7 @@ def test_equal_lengths_give_equal_pieces(number, tiles):
             {"kv_cache": torch.zeros(2, 16, 80).half()},
             "kv_cache is torch.float16; accepted: q's torch.float32",
         ),
+        ({"q_rope": torch.zeros(1, 1, 16, 16)}, "q_rope is .* accepted: q with rows of kv_lora_rank, q_rope"),
         ({"implementation": "fast"}, "'fast'; mla_decode accepts 'hopper', 'turing', 'triton'"),
         ({"implementation": "hopper"}, "hopper"),
     ],

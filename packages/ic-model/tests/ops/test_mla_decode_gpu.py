@@ -54,6 +54,14 @@ def test_many_tiles_per_program(implementation, rank, heads, kv_dtype):
         check(made, implementation)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("heads", [32, 128])
+def test_a_query_in_two_tensors(implementation, heads, kv_dtype):
+    made = model_problem(LENS, rank=512, heads=heads, kv_dtype=kv_dtype)
+    for left, right in zip(made.apart(64).run(implementation), made.run(implementation), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("page_tokens", [64, 256])
 def test_float16_and_pages(implementation, page_tokens):
     check(model_problem(LENS, rank=512, dtype=torch.float16, page_tokens=page_tokens), implementation)

@@ -71,6 +71,11 @@ def test_lengths(decode, block_rows, query_tokens):
     decode(made, block_rows=block_rows)
 
 
+@pytest.mark.parametrize("block_rows", [16, 64])
+def test_a_query_in_two_tensors(decode, block_rows):
+    decode(latent_problem([65, 0, 200], heads=13, query_tokens=2).apart(), block_rows=block_rows)
+
+
 @pytest.mark.parametrize("messages", [1, 2, 3])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_rings_of_any_size(decode, slots, messages):

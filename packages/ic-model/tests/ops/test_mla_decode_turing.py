@@ -87,6 +87,14 @@ def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(turing, "decode_turing_kernel", emulation)
 
 
+def test_a_query_in_two_tensors(device):
+    made = problem([70, 0, 5], device=device, heads=3, query_tokens=2)
+    parts = {"q": made.q[..., : made.kv_lora_rank], "q_rope": made.q[..., made.kv_lora_rank :]}
+    found = turing.mla_decode_turing(parts.pop("q"), made.kv_cache, **made.arguments(), **parts)
+    for left, right in zip(found, made.run(), strict=True):
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("sm_count", [1, 3, 9])
 @pytest.mark.parametrize(
     "lens", [(5,), (37, 1, 0, 100), (0, 0), (40, 0, 0, 3, 90), (16, 32, 0)], ids=lambda lens: f"{lens}"

@@ -161,7 +161,10 @@ class LatentImpl(compat.MLAAttentionImpl):
         fp8 = self.kv_cache_dtype.startswith("fp8")
         cache = torch.zeros(2, page_tokens, self.head_size, dtype=FP8 if fp8 else dtype, device=device)
         for tokens in query_tokens:
-            query = torch.zeros(1, tokens, self.num_heads, self.head_size, dtype=dtype, device=device)
+            latent, rope = (
+                torch.zeros(tokens, self.num_heads, dim, dtype=dtype, device=device)
+                for dim in (self.kv_lora_rank, self.qk_rope_head_dim)
+            )
             batch = DecodeBatch(
                 tokens=slice(0, tokens),
                 block_table=torch.tensor([[0, 1]], dtype=torch.int32, device=device),
@@ -169,7 +172,7 @@ class LatentImpl(compat.MLAAttentionImpl):
                 query_tokens=tokens,
                 rows=None,
             )
-            self._decode(query, cache, batch, 1.0)
+            self._decode_batch(latent, rope, cache, batch, 1.0)
         # Triton compiles numbers that 16 divides apart from others
         for tokens in (64, 65):
             latents = torch.zeros(tokens, self.kv_lora_rank, dtype=dtype, device=device)
@@ -223,10 +226,12 @@ class LatentImpl(compat.MLAAttentionImpl):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Short queries: `[tokens, N, C + R]`, or its two parts, to `[tokens, N, C]` and lse `[tokens, N]`."""
         assert attn_metadata.decode is not None
-        query = torch.cat(q, dim=-1) if isinstance(q, tuple) else q
+        latent, rope = (
+            q if isinstance(q, tuple) else q.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        )
         kv_scale = layer._k_scale_float if kv_c_and_k_pe_cache.dtype == FP8 else 1.0
         parts = [
-            self._decode_batch(query[batch.tokens], kv_c_and_k_pe_cache, batch, kv_scale)
+            self._decode_batch(latent[batch.tokens], rope[batch.tokens], kv_c_and_k_pe_cache, batch, kv_scale)
             for batch in attn_metadata.decode
         ]
         if len(parts) == 1:
@@ -235,16 +240,28 @@ class LatentImpl(compat.MLAAttentionImpl):
         return torch.cat(outs), torch.cat(lses)
 
     def _decode_batch(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: DecodeBatch, kv_scale: float
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: DecodeBatch,
+        kv_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[tokens, N, C + R]` to `[tokens, N, C]` and `[tokens, N]`, padded in between where lengths differ."""
-        requests, tokens = len(batch.seq_lens), len(query)
-        if batch.rows is not None:
-            padded = query.new_zeros(requests * batch.query_tokens, *query.shape[1:])
-            padded[batch.rows] = query[: len(batch.rows)]
-            query = padded
-        query = query.view(requests, batch.query_tokens, *query.shape[1:])
-        out, lse = (part.flatten(0, 1) for part in self._decode(query, kv_cache, batch, kv_scale))
+        """`[tokens, N, C]` and `[tokens, N, R]` to `[tokens, N, C]` and `[tokens, N]`.
+
+        Padded in between where lengths differ.
+        """
+        requests, tokens = len(batch.seq_lens), len(latent)
+
+        def shaped(part: torch.Tensor) -> torch.Tensor:
+            if batch.rows is not None:
+                padded = part.new_zeros(requests * batch.query_tokens, *part.shape[1:])
+                padded[batch.rows] = part[: len(batch.rows)]
+                part = padded
+            return part.view(requests, batch.query_tokens, *part.shape[1:])
+
+        results = self._decode(shaped(latent), shaped(rope), kv_cache, batch, kv_scale)
+        out, lse = (part.flatten(0, 1) for part in results)
         if batch.rows is not None:
             # tokens beyond the requests' are padding, whatever they get
             found = torch.nn.functional.pad(batch.rows, (0, tokens - len(batch.rows)))
@@ -252,21 +269,27 @@ class LatentImpl(compat.MLAAttentionImpl):
         return out, lse
 
     def _decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: DecodeBatch, kv_scale: float
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: DecodeBatch,
+        kv_scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         arguments: dict[str, Any] = {
+            "q_rope": rope,
             "block_table": batch.block_table,
             "seq_lens": batch.seq_lens,
             "kv_lora_rank": self.kv_lora_rank,
             "softmax_scale": self.scale,
             "kv_scale": kv_scale,
         }
-        if self._decode_with == "turing" and query.is_cuda:
+        if self._decode_with == "turing" and latent.is_cuda:
             # by name the op takes it on a Turing card only; asked for elsewhere, it is to be tried there
             from ic_model.ops.mla_decode.turing import mla_decode_turing
 
-            return mla_decode_turing(query, kv_cache, **arguments)
-        return mla_decode(query, kv_cache, implementation=self._decode_with, **arguments)
+            return mla_decode_turing(latent, kv_cache, **arguments)
+        return mla_decode(latent, kv_cache, implementation=self._decode_with, **arguments)
 
     def forward_mha(
         self,

@@ -46,6 +46,27 @@ if TYPE_CHECKING:
     from ic_model.configuration import ICConfig
 
 
+# as VLLM_MERGED, for a model that `fuses_down_projections`
+FUSED_DOWN_PROJECTIONS = {
+    ".q_a_proj.": (".fused_qkv_a_proj.", 0),
+    ".kv_a_proj_with_mqa.": (".fused_qkv_a_proj.", 1),
+}
+
+
+def fuses_down_projections(config: ICConfig, vllm_config: VllmConfig) -> bool:
+    """Whether queries' and keys' down-projections are one matrix product, as in vLLM's DeepSeek-V3.
+
+    Two small products take longer than one at small batches. Adapters and quantisation know either layer by its
+    own name, and have them apart.
+
+    Args:
+        config: of the model.
+        vllm_config: of the engine.
+    """
+    apart = vllm_config.lora_config is not None or vllm_config.quant_config is not None
+    return config.q_lora_rank is not None and not config.attention_bias and not apart
+
+
 class FeedForward(nn.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
@@ -86,7 +107,7 @@ class LatentAttention(nn.Module):
         self.num_heads = config.num_attention_heads // ranks
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_rank, self.value_dim = config.kv_lora_rank, config.v_head_dim
-        self._build_projections(config, vllm_config.quant_config, prefix)
+        self._build_projections(config, vllm_config, prefix)
         backend = _attention_backend(vllm_config)
         self.mla_attn = compat.MLAAttention(
             num_heads=self.num_heads,
@@ -105,7 +126,8 @@ class LatentAttention(nn.Module):
         if backend is not None and not compat.is_cpu():
             count_in_profile(vllm_config, self.mla_attn)
 
-    def _build_projections(self, config: ICConfig, quant_config: Any, prefix: str) -> None:
+    def _build_projections(self, config: ICConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        quant_config = vllm_config.quant_config
         biased = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj") if config.attention_bias else ()
 
         def linear(cls: type[nn.Module], name: str, inputs: int, outputs: int) -> nn.Module:
@@ -117,17 +139,29 @@ class LatentAttention(nn.Module):
         query_dim = heads * config.qk_head_dim
         # None in place of an identity module: state-dict names stay those of the checkpoint
         self.q_a_layernorm = self.kv_a_layernorm = None
+        self.q_proj = self.fused_qkv_a_proj = None
+        self.q_lora_rank = config.q_lora_rank
         if config.q_lora_rank is None:
-            self.q_a_proj = None
             self.q_proj = linear(ColumnParallelLinear, "q_proj", config.hidden_size, query_dim)
         else:
-            self.q_a_proj = linear(ReplicatedLinear, "q_a_proj", config.hidden_size, config.q_lora_rank)
+            if fuses_down_projections(config, vllm_config):
+                self.fused_qkv_a_proj = MergedColumnParallelLinear(
+                    config.hidden_size,
+                    [config.q_lora_rank, config.latent_dim],
+                    bias=False,
+                    prefix=f"{prefix}.fused_qkv_a_proj",
+                    # every rank has all of both
+                    disable_tp=True,
+                )
+            else:
+                self.q_a_proj = linear(ReplicatedLinear, "q_a_proj", config.hidden_size, config.q_lora_rank)
             if config.q_latent_norm:
                 self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=eps)
             self.q_b_proj = linear(ColumnParallelLinear, "q_b_proj", config.q_lora_rank, query_dim)
-        self.kv_a_proj_with_mqa = linear(
-            ReplicatedLinear, "kv_a_proj_with_mqa", config.hidden_size, config.latent_dim
-        )
+        if self.fused_qkv_a_proj is None:
+            self.kv_a_proj_with_mqa = linear(
+                ReplicatedLinear, "kv_a_proj_with_mqa", config.hidden_size, config.latent_dim
+            )
         if config.kv_latent_norm:
             self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps=eps)
         self.kv_b_proj = linear(
@@ -137,8 +171,9 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`[T, D]` to `[T, D]`; cos and sin are `[T, R / 2]` float32."""
-        query = self._query(hidden).view(-1, self.num_heads, self.nope_dim + self.rope_dim)
-        latent, rope_key = self.kv_a_proj_with_mqa(hidden)[0].split([self.latent_rank, self.rope_dim], dim=-1)
+        query, latent_row = self._project(hidden)
+        query = query.view(-1, self.num_heads, self.nope_dim + self.rope_dim)
+        latent, rope_key = latent_row.split([self.latent_rank, self.rope_dim], dim=-1)
         if self.kv_a_layernorm is not None:
             latent = self.kv_a_layernorm(latent)
         nope, rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
@@ -151,13 +186,18 @@ class LatentAttention(nn.Module):
         )
         return self.o_proj(attended)[0]
 
-    def _query(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.q_a_proj is None:
-            return self.q_proj(hidden)[0]
-        latent = self.q_a_proj(hidden)[0]
+    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[T, D]` to queries `[T, N * (P + R)]` and latent rows `[T, C + R]`, neither normed nor rotated."""
+        if self.q_proj is not None:
+            return self.q_proj(hidden)[0], self.kv_a_proj_with_mqa(hidden)[0]
+        if self.fused_qkv_a_proj is not None:
+            both = self.fused_qkv_a_proj(hidden)[0]
+            latent, latent_row = both.split([self.q_lora_rank, self.latent_rank + self.rope_dim], dim=-1)
+        else:
+            latent, latent_row = self.q_a_proj(hidden)[0], self.kv_a_proj_with_mqa(hidden)[0]
         if self.q_a_layernorm is not None:
             latent = self.q_a_layernorm(latent)
-        return self.q_b_proj(latent)[0]
+        return self.q_b_proj(latent)[0], latent_row
 
 
 class DecoderLayer(nn.Module):
@@ -269,6 +309,8 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         config = vllm_config.model_config.hf_config
         self.config = config
         self.quantised = vllm_config.quant_config is not None
+        fused = fuses_down_projections(config, vllm_config)
+        self.merged = VLLM_MERGED | (FUSED_DOWN_PROJECTIONS if fused else {})
         if vllm_config.lora_config is not None:
             compat.refuse_lora_on("kv_b_proj")
         self.model = InfiniteContextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
@@ -315,7 +357,7 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         loaded: set[str] = set()
         unexpected: list[str] = []
         for name, tensor in weights:
-            target, part = _target(name)
+            target, part = self._target(name)
             if is_pp_missing_parameter(target, self):
                 continue
             if target == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -332,6 +374,13 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         self._check_loaded(sorted(unexpected), sorted(set(parameters) - loaded))
         return loaded
 
+    def _target(self, name: str) -> tuple[str, int | None]:
+        """A checkpoint tensor's parameter here, and which part of it."""
+        for stored, (merged, part) in self.merged.items():
+            if stored in name:
+                return name.replace(stored, merged), part
+        return name, None
+
     def _check_loaded(self, unexpected: list[str], missing: list[str]) -> None:
         if unexpected:
             raise ValueError(
@@ -343,14 +392,6 @@ class InfiniteContextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} tensors of {compat.ARCHITECTURE}: {', '.join(missing)}"
             )
-
-
-def _target(name: str) -> tuple[str, int | None]:
-    """A checkpoint tensor's parameter here, and which part of it."""
-    for stored, (merged, part) in VLLM_MERGED.items():
-        if stored in name:
-            return name.replace(stored, merged), part
-    return name, None
 
 
 def _is_group_order(name: str, tensor: torch.Tensor) -> bool:

@@ -23,6 +23,7 @@ def mla_decode(
     kv_lora_rank: int,
     softmax_scale: float,
     kv_scale: float = 1.0,
+    q_rope: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows; the last T rows of a sequence are those of its T queries, causally.
@@ -36,7 +37,8 @@ def mla_decode(
     `seq_lens`, `block_table` and rows; they give the same bits every time.
 
     Args:
-        q: `[B, T, N, C + R]` float32, float16 or bfloat16, the absorbed query followed by the rotated query.
+        q: `[B, T, N, C + R]` float32, float16 or bfloat16, the absorbed query followed by the rotated query; the
+            absorbed query `[B, T, N, C]` alone where q_rope has the other.
         kv_cache: `[pages, page_tokens, C + R]` of q's dtype or float8_e4m3fn, the pages of all sequences.
         block_table: `[B, max_pages]` int32, the pages of each sequence in order. Entries past a sequence's
             last page are never read, nor are rows past its last token.
@@ -44,6 +46,8 @@ def mla_decode(
         kv_lora_rank: C.
         softmax_scale: factor on the scores.
         kv_scale: what a number in kv_cache is multiplied by, one for the whole tensor.
+        q_rope: `[B, T, N, R]` of q's dtype, the rotated query where it lies apart, so that nobody has to copy both
+            into one tensor.
         implementation: "hopper", "turing", "triton" or "reference"; None takes the first of these that can.
 
     Returns:
@@ -53,7 +57,10 @@ def mla_decode(
     Raises:
         ValueError: shapes or dtypes do not fit, or `implementation` is none of them or cannot take these.
     """
-    _check(q, kv_cache, block_table, seq_lens, kv_lora_rank)
+    _check(q, q_rope, kv_cache, block_table, seq_lens, kv_lora_rank)
+    if q_rope is not None and not (_lies_well(q) and _lies_well(q_rope)):
+        # kernels would refuse them as they lie
+        q, q_rope = torch.cat((q, q_rope), dim=-1), None
     return dispatch(
         "mla_decode",
         _IMPLEMENTATIONS,
@@ -65,11 +72,18 @@ def mla_decode(
         kv_lora_rank=kv_lora_rank,
         softmax_scale=softmax_scale,
         kv_scale=kv_scale,
+        q_rope=q_rope,
     )
+
+
+def _lies_well(q: torch.Tensor) -> bool:
+    """Whether each row of `[B, T, N, ...]` is contiguous and begins at a multiple of 16 numbers from the first."""
+    return q.stride(-1) == 1 and not any(stride % 16 for stride in q.stride()[:3]) and q.data_ptr() % 16 == 0
 
 
 def _check(
     q: torch.Tensor,
+    q_rope: torch.Tensor | None,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -79,7 +93,18 @@ def _check(
     for (name, tensor), dims in zip(shapes.items(), (4, 3, 2, 1), strict=True):
         if tensor.dim() != dims:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted: {dims} dimensions")
-    if q.shape[-1] != kv_cache.shape[-1] or not 0 < kv_lora_rank < q.shape[-1]:
+    if q_rope is not None and (
+        q_rope.shape[:-1] != q.shape[:-1]
+        or (q_rope.dtype, q_rope.device) != (q.dtype, q.device)
+        or q.shape[-1] != kv_lora_rank
+        or kv_lora_rank + q_rope.shape[-1] != kv_cache.shape[-1]
+    ):
+        raise ValueError(
+            f"q_rope is {list(q_rope.shape)} {q_rope.dtype} on {q_rope.device}, q {list(q.shape)} {q.dtype} on "
+            f"{q.device}, kv_lora_rank {kv_lora_rank} and kv_cache has rows of {kv_cache.shape[-1]}; accepted: "
+            "q with rows of kv_lora_rank, q_rope with the rest of kv_cache's, else alike"
+        )
+    if q_rope is None and (q.shape[-1] != kv_cache.shape[-1] or not 0 < kv_lora_rank < q.shape[-1]):
         raise ValueError(
             f"q has rows of {q.shape[-1]}, kv_cache rows of {kv_cache.shape[-1]}, and kv_lora_rank is "
             f"{kv_lora_rank}; accepted: equal rows, longer than kv_lora_rank by qk_rope_head_dim"
@@ -130,9 +155,11 @@ def _turing_refuses(q: torch.Tensor, kv_cache: torch.Tensor, **arguments: Any) -
         return reason
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) != (7, 5):
         return "it is for compute capability 7.5"
+    from ic_model.ops.mla_decode.reference import joined
     from ic_model.ops.mla_decode.turing import refusal
 
     names = ("block_table", "seq_lens", "kv_lora_rank")
+    q = joined(q, arguments["q_rope"])
     return refusal(q, kv_cache, **{name: arguments[name] for name in names})
 
 

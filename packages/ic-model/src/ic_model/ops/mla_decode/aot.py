@@ -58,7 +58,9 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
     return AotVariant(
         name=f"triton {row_dim}, {rows} rows",
         function=decode_kernel,
-        signature=_signature(decode_kernel, {"q_ptr": element, "kv_ptr": element, "out_ptr": element}),
+        signature=_signature(
+            decode_kernel, {"q_ptr": element, "q_rope_ptr": element, "kv_ptr": element, "out_ptr": element}
+        ),
         constants=constants,
         num_warps=parameters["num_warps"],
         num_stages=parameters["num_stages"],
@@ -71,7 +73,9 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
 def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
     parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
-    signature = _signature(decode_hopper_kernel, {"q_ptr": element, "out_ptr": element})
+    signature = _signature(
+        decode_hopper_kernel, {"q_ptr": element, "q_rope_ptr": element, "out_ptr": element}
+    )
     constants = hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS, kv_bytes)
     blocks = descriptor_blocks(kv_lora_rank, kv_bytes, constants)
     for name, (block, swizzle) in zip(("latent_desc", "rope_desc"), blocks, strict=True):

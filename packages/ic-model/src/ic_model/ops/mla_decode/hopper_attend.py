@@ -44,30 +44,35 @@ def _clear_rows(buffer, valid):
 
 
 @gluon.jit
-def _load_queries(q_ptr, q_latent, q_rope, row_block, num_rows, num_heads, stride_t, stride_n):
-    """One block of rows of a sequence's absorbed queries to shared memory."""
+def _load_queries(
+    q_ptr, q_rope_ptr, q_latent, q_rope, row_block, num_rows, num_heads,
+    stride_t, stride_n, rope_stride_t, rope_stride_n,
+):
+    """One block of rows of a sequence's absorbed and rotated queries to shared memory."""
     PARTS: gl.constexpr = q_latent.shape[0]
     BLOCK_ROWS: gl.constexpr = q_latent.shape[1]
     COLUMNS: gl.constexpr = q_latent.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = row_block * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, layout=gl.SliceLayout(1, layout))
-    pointers = q_ptr + ((rows // num_heads) * stride_t + (rows % num_heads) * stride_n)[:, None]
+    token, head = rows // num_heads, rows % num_heads
+    pointers = q_ptr + (token * stride_t + head * stride_n)[:, None]
+    rope_pointers = q_rope_ptr + (token * rope_stride_t + head * rope_stride_n)[:, None]
     there = (rows < num_rows)[:, None]
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))[None, :]
-    rope_columns = PARTS * COLUMNS + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
+    rope_pointers += gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
     if q_ptr.dtype.element_ty == q_latent.dtype:
         # past the registers, which hold few loads at a time; what is not there becomes zero
         for part in gl.static_range(PARTS):
             numbers = pointers + part * COLUMNS + columns
             copy_to_shared(q_latent.index(part), numbers, there)
-        copy_to_shared(q_rope, pointers + rope_columns, there)
+        copy_to_shared(q_rope, rope_pointers, there)
         async_copy.commit_group()
         async_copy.wait_group(0)
     else:
         for part in gl.static_range(PARTS):
             values = gl.load(pointers + part * COLUMNS + columns, mask=there, other=0.0)
             q_latent.index(part).store(values.to(q_latent.dtype))
-        q_rope.store(gl.load(pointers + rope_columns, mask=there, other=0.0).to(q_rope.dtype))
+        q_rope.store(gl.load(rope_pointers, mask=there, other=0.0).to(q_rope.dtype))
     fence_async_shared()
 
 
@@ -96,8 +101,9 @@ def _score(latent, k_rope, slot, q_latent, q_rope, layout: gl.constexpr, ROWS_FI
 
 @gluon.jit
 def scores(
-    q_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale,
+    q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale,
     num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
+    rope_stride_b, rope_stride_t, rope_stride_n,
     latent, k_rope, full, q_latent, q_rope, weights, factors, told, heard,
     QUERY_TOKENS: gl.constexpr, BLOCK_SEQS: gl.constexpr, ROWS_FIRST: gl.constexpr,
 ):
@@ -126,8 +132,11 @@ def scores(
         seq, seq_start, length = segment(seqs, lens, seq_tiles, ends, tile)
         seq_end = seq_start + (length + TILE - 1) // TILE
         segment_end = gl.minimum(share_end, seq_end)
-        q_base = q_ptr + seq.to(gl.int64) * q_stride_b
-        _load_queries(q_base, q_latent, q_rope, row_block, num_rows, num_heads, q_stride_t, q_stride_n)
+        _load_queries(
+            q_ptr + seq.to(gl.int64) * q_stride_b, q_rope_ptr + seq.to(gl.int64) * rope_stride_b,
+            q_latent, q_rope, row_block, num_rows, num_heads,
+            q_stride_t, q_stride_n, rope_stride_t, rope_stride_n,
+        )
         largest = gl.full([BLOCK_ROWS], NEG_INF, gl.float32, row_layout)
         if ROWS_FIRST:
             total = gl.zeros([BLOCK_ROWS, TILE], gl.float32, layout)

@@ -127,9 +127,11 @@ def _load_tile(
 
 @triton.jit
 def decode_kernel(
-    q_ptr, kv_ptr, table_ptr, lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2, kv_scale,
+    q_ptr, q_rope_ptr, kv_ptr, table_ptr, lens_ptr,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2, kv_scale,
     num_seqs, num_heads, num_rows,
-    q_stride_b, q_stride_t, q_stride_n, page_stride, token_stride, table_stride,
+    q_stride_b, q_stride_t, q_stride_n, rope_stride_b, rope_stride_t, rope_stride_n,
+    page_stride, token_stride, table_stride,
     QUERY_TOKENS: tl.constexpr, KV_LORA_RANK: tl.constexpr, ROPE_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr, TOKENS_FIRST: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr,
@@ -162,6 +164,7 @@ def decode_kernel(
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     query_token = rows // num_heads
     row_offsets = query_token * q_stride_t + (rows % num_heads) * q_stride_n
+    rope_offsets = query_token * rope_stride_t + (rows % num_heads) * rope_stride_n
     columns = tl.arange(0, BLOCK_C)
     rope_columns = tl.arange(0, BLOCK_R)
     in_latent = (rows < num_rows)[:, None] & (columns < KV_LORA_RANK)[None, :]
@@ -176,7 +179,8 @@ def decode_kernel(
 
         q_rows = q_ptr + seq.to(tl.int64) * q_stride_b + row_offsets[:, None]
         q_latent = tl.load(q_rows + columns[None, :], mask=in_latent, other=0.0).to(compute_dtype)
-        q_rope = tl.load(q_rows + KV_LORA_RANK + rope_columns[None, :], mask=in_rope, other=0.0).to(compute_dtype)
+        rope_rows = q_rope_ptr + seq.to(tl.int64) * rope_stride_b + rope_offsets[:, None]
+        q_rope = tl.load(rope_rows + rope_columns[None, :], mask=in_rope, other=0.0).to(compute_dtype)
         if TOKENS_FIRST:
             q_latent = tl.trans(q_latent)
             q_rope = tl.trans(q_rope)

@@ -35,20 +35,24 @@ def triton_refuses(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     kv_lora_rank: int,
+    q_rope: torch.Tensor | None = None,
     **_: Any,
 ) -> str | None:
     """Say why the kernels in plain Triton cannot take these arguments, or None."""
     reason = kernel_refuses(q, kv_cache, block_table, seq_lens)
+    latent, rope = _parts(q, q_rope, kv_lora_rank)
     if reason is None and kv_cache.dtype not in (q.dtype, FP8):
         reason = f"q is {q.dtype} and kv_cache is {kv_cache.dtype}; accepted: q's dtype, or {FP8}"
     if reason is None and (block_table.dtype, seq_lens.dtype) != (torch.int32, torch.int32):
         reason = f"block_table is {block_table.dtype}, seq_lens {seq_lens.dtype}; accepted: torch.int32"
-    strides = (q.stride(-1), kv_cache.stride(-1), block_table.stride(-1), seq_lens.stride(0))
-    if reason is None and strides != (1, 1, 1, 1):
-        reason = f"the last strides of q, kv_cache, block_table and seq_lens are {strides}; accepted: 1"
-    if reason is None and any(stride % ALIGNED for stride in (*q.stride()[:3], *kv_cache.stride()[:2])):
+    last = tuple(tensor.stride(-1) for tensor in (latent, rope, kv_cache, block_table, seq_lens))
+    if reason is None and last != (1, 1, 1, 1, 1):
+        reason = f"the last strides of q, q_rope, kv_cache, block_table and seq_lens are {last}; accepted: 1"
+    strides = (*latent.stride()[:3], *rope.stride()[:3], *kv_cache.stride()[:2])
+    if reason is None and any(stride % ALIGNED for stride in strides):
         reason = (
-            f"q has strides {q.stride()} and kv_cache {kv_cache.stride()}; accepted: multiples of {ALIGNED}"
+            f"q has strides {latent.stride()}, q_rope {rope.stride()} and kv_cache {kv_cache.stride()}; "
+            f"accepted: multiples of {ALIGNED}"
         )
     if reason is None and kv_lora_rank > 256 and _capability(q.device) < (8, 0):
         reason = (
@@ -66,7 +70,7 @@ def hopper_refuses(
         return reason
     if q.device.type != "cuda" or _capability(q.device) != (9, 0):
         return "it is for compute capability 9.0"
-    rope_dim = q.shape[-1] - kv_lora_rank
+    rope_dim = kv_cache.shape[-1] - kv_lora_rank
     page_stride, token_stride, _ = kv_cache.stride()
     checks = (
         (q.dtype in HALVES, f"q is {q.dtype}; accepted: float16 and bfloat16"),
@@ -84,6 +88,13 @@ def hopper_refuses(
         (kv_cache.data_ptr() % 16 == 0, "kv_cache does not begin at a multiple of 16 bytes"),
     )
     return next((message for holds, message in checks if not holds), None)
+
+
+def _parts(
+    q: torch.Tensor, q_rope: torch.Tensor | None, kv_lora_rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Absorbed and rotated query, `[B, T, N, C]` and `[B, T, N, R]`."""
+    return (q, q_rope) if q_rope is not None else (q[..., :kv_lora_rank], q[..., kv_lora_rank:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,11 +147,14 @@ def mla_decode_triton(
     kv_lora_rank: int,
     softmax_scale: float,
     kv_scale: float = 1.0,
+    q_rope: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows with plain Triton; see `mla_decode` for arguments and result."""
     from ic_model.ops.mla_decode.kernel import decode_kernel
 
-    batch, query_tokens, heads, row_dim = q.shape
+    q, q_rope = _parts(q, q_rope, kv_lora_rank)
+    batch, query_tokens, heads, _ = q.shape
+    row_dim = kv_cache.shape[2]
     shape = {"row_dim": row_dim, "rows": query_tokens * heads, "element_bytes": q.element_size()}
     parameters = launch_parameters(OP, q.device, kernel="triton", **shape)
     split = _split(q, parameters["block_rows"], parameters["block_tokens"])
@@ -149,6 +163,7 @@ def mla_decode_triton(
     def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         decode_kernel[(split.programs, split.row_blocks)](
             q,
+            q_rope,
             # e4m3 as bytes: not every chip knows the format
             kv_cache.view(torch.uint8) if kv_cache.dtype == FP8 else kv_cache,
             block_table,
@@ -160,6 +175,7 @@ def mla_decode_triton(
             heads,
             split.rows,
             *q.stride()[:3],
+            *q_rope.stride()[:3],
             *kv_cache.stride()[:2],
             block_table.stride(0),
             **constants,
@@ -201,11 +217,14 @@ def mla_decode_hopper(
     kv_lora_rank: int,
     softmax_scale: float,
     kv_scale: float = 1.0,
+    q_rope: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows with the Gluon kernel for Hopper; see `mla_decode` for arguments and result."""
     from ic_model.ops.mla_decode.hopper import decode_hopper_kernel
 
-    batch, query_tokens, heads, row_dim = q.shape
+    q, q_rope = _parts(q, q_rope, kv_lora_rank)
+    batch, query_tokens, heads, _ = q.shape
+    row_dim = kv_cache.shape[2]
     shape = {"row_dim": row_dim, "rows": query_tokens * heads, "kv_bytes": kv_cache.element_size()}
     parameters = launch_parameters(OP, q.device, kernel="hopper", **shape)
     split = _split(q, parameters["block_rows"], HOPPER_TILE_TOKENS)
@@ -220,6 +239,7 @@ def mla_decode_hopper(
         decode_hopper_kernel[(split.programs, split.row_blocks)](
             *_descriptors(kv_cache, kv_lora_rank, constants),
             q,
+            q_rope,
             block_table,
             seq_lens,
             *results,
@@ -229,6 +249,7 @@ def mla_decode_hopper(
             heads,
             split.rows,
             *q.stride()[:3],
+            *q_rope.stride()[:3],
             page_stride // token_stride,
             block_table.stride(0),
             **constants,

@@ -81,11 +81,12 @@ def mla_decode(
     kv_lora_rank: int,
     softmax_scale: float,
     kv_scale: float = 1.0,
+    q_rope: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows; the last T rows of a sequence are those of its T queries, causally.
 
     Args:
-        q: `[B, T, N, C + R]`, the absorbed query followed by the rotated query.
+        q: `[B, T, N, C + R]`, the absorbed query followed by the rotated query; or without that.
         kv_cache: `[pages, page_tokens, C + R]`, the pages of all sequences.
         block_table: `[B, max_pages]` integer, the pages of each sequence in order. Entries past a
             sequence's last page are never read.
@@ -93,10 +94,12 @@ def mla_decode(
         kv_lora_rank: C.
         softmax_scale: factor on the scores.
         kv_scale: what a number in kv_cache is multiplied by.
+        q_rope: `[B, T, N, R]`, the rotated query where q lacks it.
 
     Returns:
         out `[B, T, N, C]` in q's dtype, and the log-sum-exp of the scores `[B, T, N]` in float32.
     """
+    q = joined(q, q_rope)
     batch, queries, heads, _ = q.shape
     page_tokens = kv_cache.shape[1]
     out = q.new_zeros(batch, queries, heads, kv_lora_rank)
@@ -121,6 +124,16 @@ def mla_decode(
             )
         )
     return out, lse
+
+
+def joined(q: torch.Tensor, q_rope: torch.Tensor | None) -> torch.Tensor:
+    """`[B, T, N, C + R]`, where q may lack the last R.
+
+    Args:
+        q: `[B, T, N, C + R]`, or `[B, T, N, C]`.
+        q_rope: `[B, T, N, R]`; None where q has it.
+    """
+    return q if q_rope is None else torch.cat((q, q_rope), dim=-1)
 
 
 def _pages(kv_cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import triton
 from ic_model.ops.aot import AotVariant
 from ic_model.ops.launch import launch_parameters
 from ic_model.ops.mla_decode.launch import OP, ROPE_DIM, Split, _processors, _run
+from ic_model.ops.mla_decode.reference import joined
 from ic_model.ops.mla_decode.turing_kernel import decode_turing_kernel
 
 MAX_KV_LORA_RANK = 512
@@ -26,6 +27,7 @@ def mla_decode_turing(
     kv_lora_rank: int,
     softmax_scale: float,
     kv_scale: float = 1.0,
+    q_rope: torch.Tensor | None = None,
     sm_count: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows with Turing's tensor cores; see `mla_decode` for the meaning.
@@ -41,6 +43,7 @@ def mla_decode_turing(
         kv_lora_rank: C, a multiple of 64, at most 512.
         softmax_scale: factor on the scores.
         kv_scale: factor on the cached numbers.
+        q_rope: `[B, T, N, R]`, the rotated query where q lacks it; both are copied into one tensor.
         sm_count: multiprocessors to spread the work over; None for those of the device.
 
     Returns:
@@ -49,6 +52,7 @@ def mla_decode_turing(
     Raises:
         ValueError: `refusal` says why.
     """
+    q = joined(q, q_rope)
     reason = refusal(q, kv_cache, block_table=block_table, seq_lens=seq_lens, kv_lora_rank=kv_lora_rank)
     if reason:
         raise ValueError(reason)
