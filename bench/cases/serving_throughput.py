@@ -56,6 +56,9 @@ def _bench_serve(run: Run, url: str, model: str, scratch: Path, concurrency: int
         "--random-output-len",
         str(o.output_tokens),
         "--ignore-eos",
+        # what random weights draw at random is no text, which vLLM decodes again from the start with every token
+        "--temperature",
+        "0",
     ]
     common += [
         "--percentile-metrics",
