@@ -22,7 +22,7 @@ SHAPE = AttentionShape(heads=32, kv_lora_rank=256, qk_rope_head_dim=64, qk_nope_
 
 
 @pytest.mark.parametrize(
-    ("memory_gib", "budget_mib"), [(7.2, 115.2), (1, 64), (24, 384), (72, 1024), (140, 1024)]
+    ("memory_gib", "budget_mib"), [(7.2, 230.4), (1, 64), (24, 768), (72, 2048), (140, 2048)]
 )
 def test_the_workspace_is_a_share_of_the_card_within_bounds(memory_gib: float, budget_mib: float) -> None:
     assert prefill_budget_bytes(memory_gib * GIB) == int(budget_mib * MIB)

@@ -37,6 +37,7 @@ class KVBProj(torch.nn.Module):
         shape = (dims.heads, dims.nope + dims.value, dims.latent)
         weight = torch.randn(shape, dtype=torch.float32) / dims.latent**0.5
         self.weight = torch.nn.Parameter(weight.flatten(0, 1).to(dtype), requires_grad=False)
+        self.quant_method = compat.UnquantizedLinearMethod()
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, None]:
         return latents @ self.weight.T, None

@@ -68,6 +68,19 @@ def test_the_workspaces_size_changes_nothing(monkeypatch, workspace_tokens):
     assert (batch.run(metadata) - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_context_expands_the_same_where_the_projection_is_no_plain_matrix(monkeypatch, dtype):
+    batch = Batch(ROW_320, BATCHES["context"], dtype).prepare(monkeypatch)
+    rows = torch.randn(70, 320).to(dtype)
+    keys, values = batch.impl._expander(rows)(rows)
+    batch.impl.kv_b_proj.quant_method = None
+    expected_keys, expected_values = batch.impl._expander(rows)(rows)
+    assert torch.equal(keys[..., 128:], rows[:, None, 256:].expand(-1, 4, -1)), "rotated keys are copied"
+    for left, right in ((keys, expected_keys), (values, expected_values)):
+        assert (left - right).norm() / right.norm() < TOLERANCE[dtype]
+    check(batch)
+
+
 QUESTIONS = {
     "decode and questions": [(1, 40), (1, 7), (9, 300), (20, 77), (3, 50)],
     "questions only": [(20, 500), (32, 90)],

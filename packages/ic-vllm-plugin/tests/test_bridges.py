@@ -17,6 +17,7 @@ from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora import model_manager
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention, MLACommonPrefillMetadata
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention import backend as vllm_backend
@@ -267,6 +268,13 @@ def test_a_chunk_of_context_has_what_our_prefill_reads():
         fields = MLACommonPrefillMetadata.ChunkedContextMetadata.__dataclass_fields__
         assert set(fields) >= {"cu_seq_lens", "max_seq_lens"}
     assert set(MLACommonPrefillMetadata.__dataclass_fields__) >= {"query_start_loc", "max_query_len"}
+
+
+def test_a_plain_projection_is_told_from_a_quantised_one():
+    assert "self.quant_method = UnquantizedLinearMethod()" in inspect.getsource(LinearBase)
+    assert compat.has_plain_weight(SimpleNamespace(quant_method=compat.UnquantizedLinearMethod()))
+    assert not compat.has_plain_weight(SimpleNamespace(quant_method=object()))
+    assert not compat.has_plain_weight(torch.nn.Linear(8, 8)), "an adapter's layer around one has none"
 
 
 class OtherModel:

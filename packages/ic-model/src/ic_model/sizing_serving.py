@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 MIB = 1024**2
 # the plugin expands cached context into this share of the memory that vLLM may use, within bounds: a larger one
 # saves little, since what is done once per pass is small beside attending to so many rows
-PREFILL_SHARE = 64
-MIN_PREFILL_BYTES, MAX_PREFILL_BYTES = 64 * MIB, GIB
+PREFILL_SHARE = 32
+MIN_PREFILL_BYTES, MAX_PREFILL_BYTES = 64 * MIB, 2 * GIB
 MIN_PREFILL_TOKENS = 256
 # tokens per page that the plugin's backend asks vLLM for
 PAGE_TOKENS = 64

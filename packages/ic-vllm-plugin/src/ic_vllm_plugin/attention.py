@@ -10,6 +10,7 @@ v_head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -326,15 +327,15 @@ class LatentImpl(compat.MLAAttentionImpl):
         del keys, values
         merged = MergedAttention(attended, lse)
         del attended
+        expand = self._expander(q)
         for context in batch.context:
             rows = gather_rows(kv_c_and_k_pe_cache, context, q.dtype, k_scale)
-            merged.add(context.queries, *self._attend_to(rows, q[context.queries], context))
+            merged.add(context.queries, *self._attend_to(*expand(rows), q[context.queries], context))
         output.copy_(merged.output.flatten(1))
 
     def _attend_to(
-        self, rows: torch.Tensor, query: torch.Tensor, context: ContextPass
+        self, keys: torch.Tensor, values: torch.Tensor, query: torch.Tensor, context: ContextPass
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._expand(*rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
         output, lse = self._attend(
             query,
             keys,
@@ -348,6 +349,35 @@ class LatentImpl(compat.MLAAttentionImpl):
         )
         assert lse is not None
         return output, lse
+
+    def _expander(self, like: torch.Tensor) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """What makes cached rows `[s, C + R]` keys `[s, N, P + R]` and values `[s, N, V]`, all `like` a tensor.
+
+        Where kv_b_proj is a plain matrix, the rotated key goes through the product that makes the others: an
+        identity takes it to every head, exactly. Copying all keys beside it moves more bytes than that costs.
+        """
+        heads, nope, rope, rank = (
+            self.num_heads,
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.kv_lora_rank,
+        )
+        if not compat.has_plain_weight(self.kv_b_proj):
+            return lambda rows: self._expand(*rows.split([rank, rope], dim=-1))
+        # asked for, not read: vLLM may have packed it, as it does for a CPU
+        plain = self.kv_b_proj(torch.eye(rank, dtype=like.dtype, device=like.device))[0]
+        plain = plain.T.view(heads, nope + self.v_head_dim, rank)
+        for_keys = plain.new_zeros(heads, nope + rope, rank + rope)
+        for_keys[:, :nope, :rank] = plain[:, :nope]
+        for_keys[:, nope:, rank:] = torch.eye(rope, dtype=like.dtype, device=like.device)
+        for_keys, for_values = for_keys.flatten(0, 1), plain[:, nope:].flatten(0, 1)
+
+        def expand(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            keys = torch.nn.functional.linear(rows, for_keys)
+            values = torch.nn.functional.linear(rows[:, :rank], for_values)
+            return keys.view(-1, heads, nope + rope), values.view(-1, heads, self.v_head_dim)
+
+        return expand
 
     def _expand(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `[s, C]` and rotated keys `[s, R]` to keys `[s, N, P + R]` and values `[s, N, V]`."""

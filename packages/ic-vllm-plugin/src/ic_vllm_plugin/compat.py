@@ -75,6 +75,10 @@ SYMBOLS: dict[str, tuple[str, str]] = {
         "base of our entry in that list",
     ),
     "MultipleOf": ("vllm.v1.attention.backend", "to accept any page size that vLLM can choose"),
+    "UnquantizedLinearMethod": (
+        "vllm.model_executor.layers.linear",
+        "to know a projection that is a plain matrix",
+    ),
     "VerifyAndUpdateConfig": ("vllm.model_executor.models.config", "base of our entry in MODELS_CONFIG_MAP"),
     "get_memory_node_info": (
         "vllm.utils.cpu_resource_utils",
@@ -233,6 +237,15 @@ def set_profiled_rows(layer: Any, rows: int) -> None:
     """
     assert hasattr(layer, PROFILED_ROWS), f"MLAAttention has no {PROFILED_ROWS}"
     setattr(layer, PROFILED_ROWS, rows)
+
+
+def has_plain_weight(layer: Any) -> bool:
+    """Whether a linear layer of vLLM multiplies by one matrix in the model's dtype, not by a quantised one.
+
+    Args:
+        layer: the layer.
+    """
+    return type(getattr(layer, "quant_method", None)) is _symbol("UnquantizedLinearMethod")
 
 
 def refuse_lora_on(module: str) -> None:

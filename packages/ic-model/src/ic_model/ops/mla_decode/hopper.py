@@ -35,10 +35,9 @@ def _ring(
 
 @gluon.jit
 def decode_hopper_kernel(
-    latent_desc, rope_desc, q_ptr, q_rope_ptr, table_ptr, lens_ptr,
-    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2, kv_scale,
-    num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
-    rope_stride_b, rope_stride_t, rope_stride_n, page_rows, table_stride,
+    latent_desc, rope_desc, q_ptr, q_rope_ptr, table_ptr, lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    scale_log2, kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, rope_stride_b,
+    rope_stride_t, rope_stride_n, page_rows, table_stride,
     QUERY_TOKENS: gl.constexpr, C: gl.constexpr, PAGE_TOKENS: gl.constexpr,
     BLOCK_ROWS: gl.constexpr, BLOCK_SEQS: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
     PARTS: gl.constexpr, SLOTS: gl.constexpr, WIDE_SLOTS: gl.constexpr, MESSAGES: gl.constexpr,
@@ -81,10 +80,9 @@ def decode_hopper_kernel(
                 (
                     scores,
                     (
-                        q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale,
-                        num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
-                        rope_stride_b, rope_stride_t, rope_stride_n,
-                        latent, rope, full, q_latent, q_rope, weights, factors, told, heard,
+                        q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale, num_seqs,
+                        num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, rope_stride_b, rope_stride_t,
+                        rope_stride_n, latent, rope, full, q_latent, q_rope, weights, factors, told, heard,
                         QUERY_TOKENS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
@@ -121,10 +119,9 @@ def decode_hopper_kernel(
                 (
                     scores,
                     (
-                        q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale,
-                        num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
-                        rope_stride_b, rope_stride_t, rope_stride_n,
-                        latent, rope, full, q_latent, q_rope, weights, factors, told, heard,
+                        q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale, num_seqs,
+                        num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, rope_stride_b, rope_stride_t,
+                        rope_stride_n, latent, rope, full, q_latent, q_rope, weights, factors, told, heard,
                         QUERY_TOKENS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
@@ -161,10 +158,9 @@ def decode_hopper_kernel(
                 (
                     scores,
                     (
-                        q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale,
-                        num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
-                        rope_stride_b, rope_stride_t, rope_stride_n,
-                        latent, rope, full, q_latent, q_rope, weights, factors, told, heard,
+                        q_ptr, q_rope_ptr, lens_ptr, lse_ptr, partial_lse_ptr, scale_log2, kv_scale, num_seqs,
+                        num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, rope_stride_b, rope_stride_t,
+                        rope_stride_n, latent, rope, full, q_latent, q_rope, weights, factors, told, heard,
                         QUERY_TOKENS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
