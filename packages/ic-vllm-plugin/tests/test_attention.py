@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from latent_batches import FP8_SCALE, Batch, Dims, engine_config, make_builder, make_impl
+from latent_batches import FP8_SCALE, PAGE_TOKENS, Batch, Dims, engine_config, make_builder, make_impl
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from ic_vllm_plugin.attention import LatentBackend
 from ic_vllm_plugin.metadata import LatentMetadataBuilder
-from ic_vllm_plugin.prefill import plan_context
+from ic_vllm_plugin.prefill import gather_rows, locate_context, plan_context
 
 ROW_320, ROW_576 = Dims(256, 64, 128, 128, 4), Dims(512, 64, 128, 128, 2)
 # what converted models have, and vLLM's own metadata and gather refuse
@@ -79,6 +79,23 @@ def test_context_expands_the_same_where_the_projection_is_no_plain_matrix(monkey
     for left, right in ((keys, expected_keys), (values, expected_values)):
         assert (left - right).norm() / right.norm() < TOLERANCE[dtype]
     check(batch)
+
+
+@pytest.mark.parametrize("kv_dtype", (torch.bfloat16, torch.float8_e4m3fn), ids=str)
+def test_context_is_gathered_from_a_cache_of_its_own_and_from_a_shared_one(kv_dtype):
+    cache = torch.randn(9, PAGE_TOKENS, 320).to(kv_dtype)
+    table = torch.tensor([[4, 0, 8], [2, 7, 5]], dtype=torch.int32)
+    passes = plan_context([40, 17], 64)
+    context = locate_context(passes[0], [0, 3, 5], table, PAGE_TOKENS)
+    expected = torch.cat(
+        [cache.float()[pages].flatten(0, 1)[:n] for pages, n in zip(table.tolist(), (40, 17), strict=True)]
+    )
+    if kv_dtype == torch.float8_e4m3fn:
+        expected = expected * FP8_SCALE
+    shared = torch.stack((torch.zeros_like(cache.float()), cache.float()), dim=1).to(kv_dtype)[:, 1]
+    for source in (cache, shared):
+        rows = gather_rows(source, context, torch.bfloat16, torch.tensor(FP8_SCALE))
+        assert torch.equal(rows, expected.bfloat16())
 
 
 QUESTIONS = {

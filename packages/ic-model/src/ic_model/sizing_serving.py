@@ -117,7 +117,7 @@ def prefill_peak_bytes(
 
 
 def _context_bytes_per_token(shape: AttentionShape, element_bytes: int) -> int:
-    # the row, once more in float32 where it is dequantised, and its place in the cache as two int32
+    # the row, once more in float32 where it is dequantised, and its place in the cache as an int64
     row = shape.kv_lora_rank + shape.qk_rope_head_dim
     return row * (element_bytes + 4) + shape.expanded_numbers * element_bytes + 8
 

@@ -45,7 +45,7 @@ class ContextPass:
         queries: their query tokens.
         query_starts, key_starts: `[requests + 1]` int32, where each one's queries and rows begin.
         max_query_tokens, max_key_tokens: the longest of each.
-        pages, offsets: `[rows]` int32, where each row is in the cache.
+        slots: `[rows]` int64, where each row is in the cache: `page * page_tokens + offset`.
     """
 
     queries: slice
@@ -53,8 +53,7 @@ class ContextPass:
     key_starts: torch.Tensor
     max_query_tokens: int
     max_key_tokens: int
-    pages: torch.Tensor
-    offsets: torch.Tensor
+    slots: torch.Tensor
 
 
 def plan_context(context_tokens: Sequence[int], workspace_tokens: int) -> list[list[Piece]]:
@@ -117,8 +116,8 @@ def locate_context(
         key_starts=key_starts,
         max_query_tokens=max(high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)),
         max_key_tokens=max(lengths),
-        pages=block_table[request[piece], position // page_tokens],
-        offsets=position % page_tokens,
+        slots=block_table[request[piece], position // page_tokens].long() * page_tokens
+        + position % page_tokens,
     )
 
 
@@ -134,10 +133,18 @@ def gather_rows(
         kv_scale: what a float8 number is multiplied by, one number on the cache's device.
     """
     if kv_cache.dtype != torch.float8_e4m3fn:
-        return kv_cache[context.pages, context.offsets]
+        return _rows_at(kv_cache, context.slots)
     # PyTorch indexes bytes everywhere, float8 not
-    rows = kv_cache.view(torch.uint8)[context.pages, context.offsets].view(kv_cache.dtype)
+    rows = _rows_at(kv_cache.view(torch.uint8), context.slots).view(kv_cache.dtype)
     return (rows.float() * kv_scale).to(dtype)
+
+
+def _rows_at(kv_cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    page_tokens = kv_cache.shape[1]
+    if kv_cache.stride(0) == page_tokens * kv_cache.stride(1):
+        # all rows as one matrix: PyTorch copies whole rows by one index, single numbers by two
+        return kv_cache.flatten(0, 1).index_select(0, slots)
+    return kv_cache[slots // page_tokens, slots % page_tokens]
 
 
 class MergedAttention:
