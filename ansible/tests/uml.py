@@ -49,17 +49,8 @@ def unpack(folder: Path) -> Path:
 def build_ptrace(folder: Path) -> Path:
     """The library of uml_ptrace.c, in the folder: without it Debian's kernel runs on no processor with AMX."""
     library = folder / "uml_ptrace.so"
-    run(
-        "cc",
-        "-O2",
-        "-Wall",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        Path(__file__).with_name("uml_ptrace.c"),
-        "-o",
-        library,
-    )
+    options = ("-O2", "-Wall", "-Werror", "-shared", "-fPIC")
+    run("cc", *options, Path(__file__).with_name("uml_ptrace.c"), "-o", library)
     return library
 
 

@@ -1,9 +1,9 @@
 /*
- * ptrace() for a user-mode Linux older than 6.13, on a processor whose saved state is larger than that kernel knows.
+ * ptrace() for Debian 12's user-mode Linux, on a processor whose saved state is larger than that kernel knows.
  *
  * Such a kernel writes a process's floating-point registers back in the size of its own structure, and the host takes
  * the whole of the processor's state or nothing (xstateregs_set in Linux' arch/x86/kernel/fpu/regset.c). Where the
- * processor has AMX, every process of the machine dies at its first instruction. Here the host is given its own copy
+ * processor has AMX, the machine's first process dies of that. Here the host is given its own copy
  * of the state with what the kernel wrote over the beginning. For LD_PRELOAD; without threads, as that kernel is.
  */
 #define _GNU_SOURCE
@@ -17,7 +17,7 @@
 long ptrace(enum __ptrace_request request, ...)
 {
 	static long (*real)(int, int, void *, void *);
-	/* the state with AMX has 11,008 bytes; not on the stack, which is a kernel's */
+	/* AMX alone takes 8 KiB; not on the stack, which is a kernel's */
 	static char state[65536] __attribute__((aligned(64)));
 	va_list arguments;
 	int pid;

@@ -19,6 +19,7 @@ PACKAGES = ("prometheus", "prometheus-alertmanager")
 APT_TIMEOUT_S = 240
 # in a mount namespace of its own; who is not root is root in one of users
 LAID_OVER = """#!/bin/sh
+as=
 [ "$(id -u)" = 0 ] || as=--map-root-user
 exec unshare $as --mount sh -c '
     mount -t overlay overlay -o "lowerdir=$0/share:/usr/share" /usr/share && exec "$@"

@@ -261,7 +261,16 @@ class LatentImpl(compat.MLAAttentionImpl):
                 part = padded
             return part.view(requests, batch.query_tokens, *part.shape[1:])
 
-        results = self._decode(shaped(latent), shaped(rope), kv_cache, batch, kv_scale)
+        results = self._decode(
+            shaped(latent),
+            kv_cache,
+            q_rope=shaped(rope),
+            block_table=batch.block_table,
+            seq_lens=batch.seq_lens,
+            kv_lora_rank=self.kv_lora_rank,
+            softmax_scale=self.scale,
+            kv_scale=kv_scale,
+        )
         out, lse = (part.flatten(0, 1) for part in results)
         if batch.rows is not None:
             # tokens beyond the requests' are padding, whatever they get
@@ -270,21 +279,9 @@ class LatentImpl(compat.MLAAttentionImpl):
         return out, lse
 
     def _decode(
-        self,
-        latent: torch.Tensor,
-        rope: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: DecodeBatch,
-        kv_scale: float,
+        self, latent: torch.Tensor, kv_cache: torch.Tensor, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments: dict[str, Any] = {
-            "q_rope": rope,
-            "block_table": batch.block_table,
-            "seq_lens": batch.seq_lens,
-            "kv_lora_rank": self.kv_lora_rank,
-            "softmax_scale": self.scale,
-            "kv_scale": kv_scale,
-        }
+        """`mla_decode` by the implementation that was chosen."""
         if self._decode_with == "turing" and latent.is_cuda:
             # by name the op takes it on a Turing card only; asked for elsewhere, it is to be tried there
             from ic_model.ops.mla_decode.turing import mla_decode_turing
@@ -354,7 +351,7 @@ class LatentImpl(compat.MLAAttentionImpl):
         """What makes cached rows `[s, C + R]` keys `[s, N, P + R]` and values `[s, N, V]`, all `like` a tensor.
 
         Where kv_b_proj is a plain matrix, the rotated key goes through the product that makes the others: an
-        identity takes it to every head, exactly. Copying all keys beside it moves more bytes than that costs.
+        identity takes it to every head, exactly. So keys are written once, and not copied to stand beside it.
         """
         heads, nope, rope, rank = (
             self.num_heads,

@@ -56,8 +56,7 @@ FUSED_DOWN_PROJECTIONS = {
 def fuses_down_projections(config: ICConfig, vllm_config: VllmConfig) -> bool:
     """Whether queries' and keys' down-projections are one matrix product, as in vLLM's DeepSeek-V3.
 
-    Two small products take longer than one at small batches. Adapters and quantisation know either layer by its
-    own name, and have them apart.
+    It saves each layer a launch. Adapters and quantisation know either layer by its own name, and have them apart.
 
     Args:
         config: of the model.

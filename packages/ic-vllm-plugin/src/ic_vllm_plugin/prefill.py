@@ -142,7 +142,7 @@ def gather_rows(
 def _rows_at(kv_cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     page_tokens = kv_cache.shape[1]
     if kv_cache.stride(0) == page_tokens * kv_cache.stride(1):
-        # all rows as one matrix: PyTorch copies whole rows by one index, single numbers by two
+        # all rows as one matrix: nothing is to be computed from the slots for every layer
         return kv_cache.flatten(0, 1).index_select(0, slots)
     return kv_cache[slots // page_tokens, slots % page_tokens]
 

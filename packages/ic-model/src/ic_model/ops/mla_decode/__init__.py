@@ -13,6 +13,10 @@ from ic_model.ops.mla_decode.reference import latent_attention
 
 __all__ = ["latent_attention", "mla_decode"]
 
+# what strides have to be multiples of. Triton is told so; without it rows are read number by number, and on Hopper
+# Triton 3.6 compiles that wrongly
+ALIGNED = 16
+
 
 def mla_decode(
     q: torch.Tensor,
@@ -77,8 +81,10 @@ def mla_decode(
 
 
 def _lies_well(q: torch.Tensor) -> bool:
-    """Whether each row of `[B, T, N, ...]` is contiguous and begins at a multiple of 16 numbers from the first."""
-    return q.stride(-1) == 1 and not any(stride % 16 for stride in q.stride()[:3]) and q.data_ptr() % 16 == 0
+    """Whether the kernels read a part of the query, `[B, T, N, C]` or `[B, T, N, R]`, as it is."""
+    rows = q.stride(-1) == 1 and not any(stride % ALIGNED for stride in q.stride()[:3])
+    # copies to shared memory take 16 bytes at a time
+    return rows and q.data_ptr() % 16 == 0
 
 
 def _check(

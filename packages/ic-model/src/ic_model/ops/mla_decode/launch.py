@@ -13,6 +13,7 @@ import triton
 
 from ic_model.ops.dispatch import kernel_refuses
 from ic_model.ops.launch import launch_parameters
+from ic_model.ops.mla_decode import ALIGNED
 
 OP = "mla_decode"
 ROPE_DIM = 64
@@ -22,8 +23,6 @@ HOPPER_TILE_TOKENS = 64
 COMBINE_PROGRAMS = 4
 # the interpreter has no multiprocessors; a few programs show the splitting
 INTERPRETED_PROCESSORS = 4
-# Triton is told so; without it rows are read number by number, and on Hopper Triton 3.6 compiles that wrongly
-ALIGNED = 16
 FP8 = torch.float8_e4m3fn
 HALVES = (torch.float16, torch.bfloat16)
 
