@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from engine_process import greedy, run_cases
+from engine_process import greedy, run_apart
 from ic_model import checkpoint_path
 from ic_model.weights import export_deepseek_v3
 from served_models import prompt_tokens, write_checkpoint
@@ -59,7 +59,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list], 
     expected = {
         name: greedy(folders[name], PROMPTS, NEW_TOKENS, device="cuda") for name in ("nano", "row 256")
     }
-    return expected, run_cases(cases, timeout_s=560)
+    return expected, run_apart(cases, at_once=4)
 
 
 @pytest.mark.parametrize("name", SAME_TOKENS)

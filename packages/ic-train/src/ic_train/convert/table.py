@@ -66,6 +66,14 @@ def add_convert_table(commands: Any) -> None:
         metavar="S",
         help="time for each, or one time for every pair (default: 1200)",
     )
+    add(
+        "--heal-learning-rates",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="LR",
+        help="for each, or one for every pair (default: the recipe's); what begins close to its source wants less",
+    )
     add("--corpora", nargs="+", default=[], metavar="DIR", help="packed corpora to heal on")
     add(
         "--passkey-tokens",
@@ -98,12 +106,8 @@ def _run(options: argparse.Namespace) -> int:
     pairs = [_pair(text) for text in options.pairs]
     if options.heal_config and not options.corpora:
         raise ValueError("--heal-config is given; --corpora must say what to heal on")
-    seconds = options.heal_seconds * (len(pairs) if len(options.heal_seconds) == 1 else 1)
-    if len(seconds) != len(pairs) or min(seconds) <= 0:
-        raise ValueError(
-            f"--heal-seconds is {options.heal_seconds}; it must be one number above 0, or one for each of "
-            f"{len(pairs)} pairs"
-        )
+    seconds = _for_each(pairs, options.heal_seconds, "--heal-seconds")
+    rates = _for_each(pairs, options.heal_learning_rates or [None], "--heal-learning-rates")
     options.work.mkdir(parents=True, exist_ok=True)
     source = open_source(options.source)
     folder = new_result_folder(options.results, TOPIC)
@@ -120,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     asked = options.passkey_stages if options.passkey_tokens else []
     if "source" in asked:
         add(_passkey(options, _lossless(options, source), source.name))
-    for (rank, rope), heal_seconds in zip(pairs, seconds, strict=True):
+    for (rank, rope), heal_seconds, rate in zip(pairs, seconds, rates, strict=True):
         out = options.work / f"{rank}-{rope}"
         record = _converted(options, out, ConversionOptions(kv_lora_rank=rank, qk_rope_head_dim=rope))
         if not any(row.get("stage") == "source" for row in rows):
@@ -129,7 +133,7 @@ def _run(options: argparse.Namespace) -> int:
         if "converted" in asked:
             add(_passkey(options, out, source.name, f"{rank}+{rope}"))
         if options.heal_config:
-            healed = _heal(options, out, heal_seconds)
+            healed = _heal(options, out, heal_seconds, rate)
             add([_healed_row(options, source, record, healed, windows)])
             if "healed" in asked:
                 add(_passkey(options, healed, source.name, f"{rank}+{rope} healed"))
@@ -142,6 +146,16 @@ def _pair(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() for part in parts):
         raise ValueError(f"--pairs has {text!r}; accepted: kv_lora_rank:qk_rope_head_dim, as 256:64")
     return int(parts[0]), int(parts[1])
+
+
+def _for_each(pairs: list[tuple[int, int]], values: list[Any], name: str) -> list[Any]:
+    """A value for each pair, out of as many or of one for all."""
+    given = values * len(pairs) if len(values) == 1 else values
+    if len(given) != len(pairs) or any(value is not None and value <= 0 for value in given):
+        raise ValueError(
+            f"{name} is {values}; it must be one number above 0, or one for each of {len(pairs)} pairs"
+        )
+    return given
 
 
 def _converted(options: argparse.Namespace, out: Path, wanted: ConversionOptions) -> Row:
@@ -210,7 +224,7 @@ def _sizes(source: Source, record: Row) -> Row:
     }
 
 
-def _heal(options: argparse.Namespace, converted: Path, seconds: float) -> Path:
+def _heal(options: argparse.Namespace, converted: Path, seconds: float, rate: float | None) -> Path:
     healed = converted.with_name(f"{converted.name}-healed")
     if (healed / "training.json").is_file():
         return healed
@@ -218,6 +232,7 @@ def _heal(options: argparse.Namespace, converted: Path, seconds: float) -> Path:
     command += ["--cpu"] if options.device == "cpu" else []
     command += ["-m", "ic_train.heal", "--config", str(options.heal_config), "--model", str(converted)]
     command += ["--teacher", str(options.source), "--output_dir", str(healed)]
+    command += [] if rate is None else ["--learning_rate", str(rate)]
     command += ["--max_seconds", str(seconds), "--corpora", *options.corpora]
     finished = subprocess.run(command, check=False)
     if finished.returncode:
@@ -237,6 +252,7 @@ def _healed_row(
         "perplexity": value,
         "perplexity_vs_source": value / record["perplexity"]["source"],
         "tokens": training["tokens"],
+        "learning_rate": float(training["optimizer"]["learning_rate"]),
         "wall_s": training["wall_s"],
         "gpu": training["gpu"],
         "loss_log": [line for line in training["log"] if "loss" in line],

@@ -1,0 +1,76 @@
+"""`ic-train convert-table` on a small source: conversion, healing and pass keys of several sizes as one result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from converted_models import source_folder, text_file
+from transformers import AutoTokenizer
+
+from ic_train import cli
+from ic_train.data.text import write_corpus
+
+RECIPE = Path(__file__).parent / "recipes" / "heal.yaml"
+SIZES = ("--calibration-samples", "8", "--calibration-tokens", "64", "--evaluation-samples", "2")
+
+
+def command_of(root: Path, *more: str) -> list[str]:
+    return [
+        *("convert-table", str(root / "source"), str(root / "work"), "--pairs", "20:8", "12:8"),
+        *("--results", str(root / "results"), "--device", "cpu", "--evaluation-tokens", "64", *SIZES, *more),
+    ]
+
+
+def result_of(root: Path, place: int) -> list[dict[str, object]]:
+    folder = sorted((root / "results").iterdir(), key=lambda path: path.stat().st_mtime)[place]
+    return json.loads((folder / "result.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("table")
+    source = source_folder(root / "source")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    write_corpus(root / "corpus", [(text_file(), "public-domain")], tokenizer, tokenizer_name="bytes")
+    return root
+
+
+def test_each_size_is_converted_healed_at_its_rate_and_measured(root: Path) -> None:
+    heal = ("--heal-config", str(RECIPE), "--corpora", str(root / "corpus"), "--heal-seconds", "60")
+    rates = ("--heal-learning-rates", "0.002", "0.001")
+    assert cli.main(command_of(root, *heal, *rates)) == 0
+    rows = {(row.get("kv_lora_rank"), row["stage"]): row for row in result_of(root, -1)}
+    source = rows[None, "source"]["perplexity"]
+    assert rows[20, "converted"]["perplexity_vs_source"] != rows[12, "converted"]["perplexity_vs_source"]
+    for rank, rate in ((20, 0.002), (12, 0.001)):
+        healed = rows[rank, "healed"]
+        assert healed["learning_rate"] == rate and healed["tokens"] > 0
+        assert max(line["learning_rate"] for line in healed["loss_log"]) == pytest.approx(rate, rel=0.2)
+        assert healed["perplexity_vs_source"] == pytest.approx(healed["perplexity"] / source)
+    # what is there is not made again
+    trained = (root / "work" / "20-8-healed" / "training.json").stat().st_mtime
+    assert cli.main(command_of(root, *heal, *rates)) == 0
+    assert (root / "work" / "20-8-healed" / "training.json").stat().st_mtime == trained
+    assert len(result_of(root, -1)) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--pairs", "20-8"), "--pairs has '20-8'; accepted: kv_lora_rank:qk_rope_head_dim"),
+        (("--heal-config", "heal.yaml"), "--corpora must say what to heal on"),
+        (
+            ("--heal-seconds", "5", "6", "7"),
+            "--heal-seconds is .*one number above 0, or one for each of 2 pairs",
+        ),
+        (("--heal-learning-rates", "0"), "--heal-learning-rates is .*one number above 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(
+    root: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    assert cli.main(command_of(root, *more)) == 2
+    assert re.search(message, capsys.readouterr().err)
