@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from ic_model.ops.mla_prefill import mla_prefill, mla_prefill_dense
+from ic_model.ops.mla_prefill.compiled import compiled_attention, takes_compiled
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -43,8 +44,6 @@ def register_attention(ring: Ring | None = None) -> list[str]:
     return list(functions)
 
 
-# the op chooses among kernels and launches its own: nothing for the compiler to trace, who may fuse the rest
-@torch.compiler.disable
 def mla_prefill_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -76,6 +75,49 @@ def mla_prefill_attention(
     Raises:
         ValueError: there is a mask.
     """
+    if torch.compiler.is_compiling() and attention_mask is None:
+        out = _traced(query, key, value, scaling, layout, implementation)
+        if out is not None:
+            return out, None
+    return _untraced(query, key, value, attention_mask, scaling, layout, implementation), None
+
+
+def _traced(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    layout: SequenceLayout | None,
+    implementation: str | None,
+) -> torch.Tensor | None:
+    """The output as one node of the graph that is being compiled; None where that cannot be."""
+    starts = None
+    # of the layout nothing that differs from batch to batch may be looked at: the graph would be compiled anew
+    if layout is not None and layout.packed:
+        starts = layout.device_starts
+        if starts is None or starts.device != query.device:
+            return None
+    if not query.dtype == key.dtype == value.dtype or not takes_compiled(
+        query.device, query.dtype, query.shape[-1], value.shape[-1], implementation
+    ):
+        return None
+    q, k, v = (part.transpose(1, 2) for part in (query, key, value))
+    return compiled_attention(
+        q, k, v, softmax_scale=scaling, cu_seqlens=starts, implementation=implementation
+    )
+
+
+# the op chooses among kernels and launches its own: nothing for the compiler to trace, who may fuse the rest
+@torch.compiler.disable
+def _untraced(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    layout: SequenceLayout | None,
+    implementation: str | None,
+) -> torch.Tensor:
     if attention_mask is not None:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; with attn_implementation {MLA_PREFILL!r} it "
@@ -84,7 +126,7 @@ def mla_prefill_attention(
     if layout is None or layout.document_starts is None:
         out = mla_prefill_dense(query, key, value, softmax_scale=scaling, implementation=implementation)
         assert isinstance(out, torch.Tensor)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2)
     starts = layout.cumulative_lengths(query.device)
     packed = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
     longest = layout.tokens_per_sequence
@@ -97,7 +139,7 @@ def mla_prefill_attention(
         implementation=implementation,
     )
     assert isinstance(out, torch.Tensor)
-    return out.unflatten(0, (query.shape[0], query.shape[2])), None
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 @torch.compiler.disable

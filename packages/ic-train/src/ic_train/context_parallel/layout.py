@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -40,11 +40,31 @@ class SequenceLayout:
         tokens_per_sequence: T.
         document_starts: for each sequence, places in tokens at which documents begin that nothing after them sees
             across, from 0; None: all of a sequence is one document.
+        device_starts: what `on` made, for layers that are compiled; None: those go through an uncompiled function.
     """
 
     tokens_per_sequence: int
     document_starts: Sequence[Sequence[int]] | None = None
+    device_starts: torch.Tensor | None = field(default=None, compare=False, repr=False)
+    # compiled layers look at this one: what they read of the lists, they would be compiled anew for
+    packed: bool = field(init=False, compare=False, repr=False)
     _cumulative: dict[torch.device, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "packed", self.document_starts is not None)
+
+    def on(self, device: torch.device) -> SequenceLayout:
+        """The same layout for layers that are compiled, which can make no tensor of lists: it is made here.
+
+        Args:
+            device: that the layers run on.
+        """
+        if self.document_starts is None:
+            return self
+        starts = self.cumulative_lengths(device)
+        # every batch has another number of documents, and all of them are to have one graph
+        torch._dynamo.mark_dynamic(starts, 0)
+        return replace(self, device_starts=starts)
 
     def cumulative_lengths(self, device: torch.device) -> torch.Tensor:
         """`[documents + 1]` int32: where each document begins in the flattened batch, and the end of the last."""

@@ -97,6 +97,8 @@ class LongContextTrainer(Restartable, Trainer):
         FSDP and DDP average gradients over the ranks; a mean over tokens wants their sum.
         """
         layout = SequenceLayout(self.tokens_per_sequence, inputs["document_starts"])
+        if self.args.torch_compile:
+            layout = layout.on(inputs["input_ids"].device)
         total = model(
             input_ids=inputs["input_ids"],
             labels=inputs["labels"],
