@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import openai
-
 APIS = ("completions", "chat")
 # between tries after an answer that is no JSON; doubles
 _FIRST_PAUSE_S = 0.5
@@ -53,6 +51,9 @@ class Client:
         self.url = url.rstrip("/")
         if self.url.count("/") == 2:
             self.url += "/v1"
+        # takes a second, which commands that ask no server are to be spared
+        import openai
+
         self._retries = retries
         self._openai = openai.AsyncOpenAI(
             base_url=self.url, api_key=api_key, timeout=timeout_s, max_retries=retries
@@ -115,6 +116,8 @@ class Client:
         )
 
     async def _try(self, send: Callable[[], Awaitable[Any]], pick: Callable[[Any], Any]) -> Any:
+        import openai
+
         problem: Exception | None = None
         for attempt in range(self._retries + 1):
             try:

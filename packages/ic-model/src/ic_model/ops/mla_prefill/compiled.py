@@ -82,9 +82,10 @@ def takes_compiled(
     if kernel_refuses(q) is not None:
         return False
     for candidate in _implementations("mla_prefill_dense", q, implementation):
-        if implementation in (None, candidate.name):
-            if candidate.refuses(q, q, v, softmax_scale=1.0, causal=True, return_lse=False) is None:
-                return candidate.name in OURS
+        if implementation not in (None, candidate.name):
+            continue
+        if candidate.refuses(q, q, v, softmax_scale=1.0, causal=True, return_lse=False) is None:
+            return candidate.name in OURS
     return False
 
 
@@ -174,5 +175,5 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _batched(*parts: torch.Tensor) -> list[torch.Tensor]:
-    """The same tensors; of a batch of 1 the compiler keeps no stride, of which the kernel for Hopper wants a sane one."""
+    """The same tensors; a batch of 1 may come with any stride, and the kernel for Hopper looks at it."""
     return [part[0][None] if part.shape[0] == 1 else part for part in parts]
