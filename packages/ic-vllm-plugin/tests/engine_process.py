@@ -35,8 +35,9 @@ def run_apart(
 ) -> dict[str, dict[str, Any]]:
     """As `run_cases`, each in a process of its own, as a server is; a few at a time.
 
-    In one process they would not all start: vLLM 0.26 runs n-gram drafts in its first model runner, which forbids CUDA
-    graphs for the process when it has captured its own, and its second one, which dense models get, never allows them.
+    In one process they would not all start: vLLM 0.26 runs n-gram drafts in its first model runner, which forbids
+    CUDA graphs for the process when it has captured its own, and its second one, which dense models get, never
+    allows them.
     """
     with ThreadPoolExecutor(at_once) as pool:
         found = pool.map(lambda name: run_cases({name: cases[name]}, timeout_s=timeout_s), cases)
