@@ -41,8 +41,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_size_is_converted_healed_at_its_rate_and_measured(root: Path) -> None:
     heal = ("--heal-config", str(RECIPE), "--corpora", str(root / "corpus"), "--heal-seconds", "60")
     rates = ("--heal-learning-rates", "0.002", "0.001")
-    assert cli.main(command_of(root, *heal, *rates)) == 0
-    rows = {(row.get("kv_lora_rank"), row["stage"]): row for row in result_of(root, -1)}
+    keys = ("--passkey-tokens", "384", "--passkey-contexts", "1")
+    assert cli.main(command_of(root, *heal, *rates, *keys, "--at-once", "2")) == 0
+    found = result_of(root, -1)
+    asked = [row["model"] for row in found if row.get("task") == "passkey"]
+    assert asked == ["source", "source 20+8", "source 20+8 healed", "source 12+8", "source 12+8 healed"]
+    rows = {(row.get("kv_lora_rank"), row["stage"]): row for row in found if "stage" in row}
     source = rows[None, "source"]["perplexity"]
     assert rows[20, "converted"]["perplexity_vs_source"] != rows[12, "converted"]["perplexity_vs_source"]
     for rank, rate in ((20, 0.002), (12, 0.001)):
@@ -52,9 +56,17 @@ def test_each_size_is_converted_healed_at_its_rate_and_measured(root: Path) -> N
         assert healed["perplexity_vs_source"] == pytest.approx(healed["perplexity"] / source)
     # what is there is not made again
     trained = (root / "work" / "20-8-healed" / "training.json").stat().st_mtime
-    assert cli.main(command_of(root, *heal, *rates)) == 0
+    assert cli.main(command_of(root, *heal, *rates, *keys)) == 0
     assert (root / "work" / "20-8-healed" / "training.json").stat().st_mtime == trained
-    assert len(result_of(root, -1)) == len(rows)
+    assert len(result_of(root, -1)) == len(found)
+
+
+def test_a_size_that_fails_is_named_with_its_log(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("--passkey-tokens", "64", "--passkey-stages", "converted")
+    assert cli.main(command_of(root, *keys, "--pairs", "16:8", "--at-once", "2")) == 2
+    said = capsys.readouterr().err
+    assert "16-8 failed with status 2: error: context_tokens is 64; 3 pass keys alone need" in said
+    assert str(root / "work" / "16-8.log") in said
 
 
 @pytest.mark.parametrize(
@@ -66,6 +78,7 @@ def test_each_size_is_converted_healed_at_its_rate_and_measured(root: Path) -> N
             ("--heal-seconds", "5", "6", "7"),
             "--heal-seconds is .*one number above 0, or one for each of 2 pairs",
         ),
+        (("--at-once", "0"), "--at-once is 0; it must be at least 1"),
         (("--heal-learning-rates", "0"), "--heal-learning-rates is .*one number above 0"),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,13 @@ def add_convert_table(commands: Any) -> None:
     )
     add("--corpora", nargs="+", default=[], metavar="DIR", help="packed corpora to heal on")
     add(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sizes healed and asked at a time, each by a process with its log in WORK (default: 1)",
+    )
+    add(
         "--passkey-tokens",
         type=int,
         nargs="+",
@@ -108,8 +117,12 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError("--heal-config is given; --corpora must say what to heal on")
     seconds = _for_each(pairs, options.heal_seconds, "--heal-seconds")
     rates = _for_each(pairs, options.heal_learning_rates or [None], "--heal-learning-rates")
+    if options.at_once < 1:
+        raise ValueError(f"--at-once is {options.at_once}; it must be at least 1")
     options.work.mkdir(parents=True, exist_ok=True)
     source = open_source(options.source)
+    if options.at_once > 1:
+        _side_by_side(options, source, list(zip(pairs, seconds, rates, strict=True)))
     folder = new_result_folder(options.results, TOPIC)
     rows: list[Row] = []
 
@@ -139,6 +152,60 @@ def _run(options: argparse.Namespace) -> int:
                 add(_passkey(options, healed, source.name, f"{rank}+{rope} healed"))
     print(f"written: {folder}")
     return 0
+
+
+def _side_by_side(options: argparse.Namespace, source: Source, sizes: list[tuple[Any, float, Any]]) -> None:
+    """Leave everything in WORK: each size is handed to a process of its own as soon as it is converted.
+
+    Raises:
+        ValueError: one of them failed, when all have ended.
+    """
+    with ThreadPoolExecutor(options.at_once) as pool:
+        jobs = []
+        for (rank, rope), seconds, rate in sizes:
+            wanted = ConversionOptions(kv_lora_rank=rank, qk_rope_head_dim=rope)
+            _converted(options, options.work / f"{rank}-{rope}", wanted)
+            log = options.work / f"{rank}-{rope}.log"
+            jobs.append(pool.submit(_alone, _words(options, f"{rank}:{rope}", seconds, rate), log))
+        if options.passkey_tokens and "source" in options.passkey_stages:
+            _passkey(options, _lossless(options, source), source.name)
+    for job in jobs:
+        job.result()
+
+
+def _alone(command: list[str], log: Path) -> None:
+    print(f"begun: {log}", flush=True)
+    with log.open("w") as out:
+        finished = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False)
+    if finished.returncode:
+        said = log.read_text()
+        # a progress bar may stand before it in the line, and behind it
+        reason = (re.findall(r"[Ee]rror: .*", said) or said.splitlines() or ["nothing said"])[-1]
+        raise ValueError(f"{log.stem} failed with status {finished.returncode}: {reason}; more in {log}")
+    print(f"ended: {log}", flush=True)
+
+
+def _words(options: argparse.Namespace, pair: str, seconds: float, rate: float | None) -> list[str]:
+    """The command for one size, which leaves its result in WORK."""
+    stages = [stage for stage in options.passkey_stages if stage != "source"]
+    lists = {
+        "--corpora": options.corpora,
+        "--passkey-stages": stages,
+        "--passkey-tokens": options.passkey_tokens if stages else [],
+        "--calibration": options.calibration,
+        "--held-out": options.held_out,
+        "--heal-config": [options.heal_config] if options.heal_config else [],
+        "--heal-learning-rates": [] if rate is None else [rate],
+    }
+    names = "passkey_contexts passkey_keys calibration_samples calibration_tokens evaluation_samples"
+    numbers = {
+        name: getattr(options, name) for name in (*names.split(), "evaluation_tokens", "seed", "device")
+    }
+    words = [sys.executable, "-m", "ic_train.cli", "convert-table", options.source, options.work]
+    words += ["--pairs", pair, "--heal-seconds", seconds, "--results", options.work / "results"]
+    words += [word for name, values in lists.items() if values for word in (name, *values)]
+    words += [word for name, value in numbers.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return [str(word) for word in words]
 
 
 def _pair(text: str) -> tuple[int, int]:

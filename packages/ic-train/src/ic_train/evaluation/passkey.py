@@ -35,7 +35,13 @@ class Document:
 
 
 def make_document(
-    haystack: str, tokenizer: PreTrainedTokenizerBase, *, context_tokens: int, num_keys: int, seed: int
+    haystack: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_tokens: int,
+    num_keys: int,
+    seed: int,
+    spare_tokens: int = 0,
 ) -> Document:
     """Cut a haystack to length and hide pass keys in it.
 
@@ -47,6 +53,7 @@ def make_document(
         context_tokens: length of the result in tokens, needles included.
         num_keys: pass keys to hide.
         seed: of the place, the keys and their depths.
+        spare_tokens: that the caller keeps free behind it, for the message.
 
     Raises:
         ValueError: the keys alone are longer than the context.
@@ -58,7 +65,8 @@ def make_document(
     needle_tokens = sum(_token_count(tokenizer, key.needle) for key in keys)
     if needle_tokens >= context_tokens:
         raise ValueError(
-            f"context_tokens is {context_tokens}; {num_keys} pass keys alone need {needle_tokens} tokens"
+            f"context_tokens is {context_tokens + spare_tokens}; {num_keys} pass keys alone need {needle_tokens} "
+            + (f"tokens, and question and answer {spare_tokens}" if spare_tokens else "tokens")
         )
     text = text_of(haystack, tokenizer, context_tokens - needle_tokens, start=start)
     hidden, pass_keys = hide_pass_keys(text, num_keys, seed)
@@ -147,6 +155,7 @@ def evaluate_passkey(
             context_tokens=context_tokens - _SPARE_TOKENS,
             num_keys=keys_per_context,
             seed=seed + context,
+            spare_tokens=_SPARE_TOKENS,
         )
         started = time.perf_counter()
         with CachedContext(
