@@ -30,11 +30,6 @@ RANKED = (
             "=head1 NAME\n\nSee L<the page|perlfunc> and C<print>.\n",
             "NAME\n\nSee the page and print.",
         ),
-        (
-            "scenario.cfg",
-            'message= _ "We ride at dawn, all of us, and nobody shall stop us on our way."\nname=_ "short"',
-            "We ride at dawn, all of us, and nobody shall stop us on our way.",
-        ),
         ("data.noun", NOUNS.splitlines()[2], "ship: a vessel that carries passengers or freight"),
         ("notes.rst", "  kept as it is \n", "kept as it is"),
     ],

@@ -4,7 +4,7 @@
     vllm run-batch -i TEXTS/questions.jsonl -o TEXTS/batch.jsonl --model SOURCE --served-model-name source
     python -m bench.cases.healing_texts TEXTS --answers TEXTS/batch.jsonl --tokenizer SOURCE
 
-The first downloads about 250 MB with apt-get (Debian 12), unpacks it beside the texts and installs nothing: a text
+The first downloads packages with apt-get (Debian 12), unpacks it beside the texts and installs nothing: a text
 per package, `sources.json` with versions and licences, and questions made of WordNet's words in the format of
 OpenAI's batches. The last writes `answers.jsonl`, questions and answers in the model's own chat template: without
 them healing never sees a chat. Both end with the commands that use what they made. The Jargon File
@@ -38,7 +38,7 @@ class Package:
     """What of a package is text.
 
     Args:
-        licence: as in its copyright file, by SPDX where there is a name.
+        licence: the main one; its copyright file has the last word.
         paths: patterns of its files, in the order of reading.
         without: parts of paths of what is left out: other languages, generated lists.
         millions: most characters taken, in millions.
@@ -74,7 +74,6 @@ PACKAGES = {
         "MIT OR Apache-2.0", HTML, ("/std/", "/core/", "/alloc/", "/src/", "print.html", "/rustc"), 9
     ),
     "sqlite3-doc": Package("public-domain", HTML, ("changes", "/c3ref/")),
-    "wesnoth-1.16-data": Package("GPL-2.0-or-later", ("*.cfg",)),
     WORDS: Package("WordNet", ("data.noun", "data.verb", "data.adj", "data.adv"), millions=6),
 }  # fmt: skip
 FORMS = (
@@ -144,7 +143,7 @@ def join_answers(texts: Path, batch: Path, tokenizer: str | None) -> str:
     """Write `answers.jsonl`, a chat per line, out of the questions and what `vllm run-batch` wrote.
 
     Raises:
-        ValueError: no tokenizer is given, or an answer is missing.
+        ValueError: no tokenizer is given, or no question has an answer.
     """
     if not tokenizer:
         raise ValueError("--answers is given; --tokenizer must be the folder of the model that answered")
@@ -264,7 +263,7 @@ def extract(name: str, content: str) -> str:
         name: of the file, without `.gz`.
         content: what is in it.
     """
-    forms: dict[str, Callable[[str], str]] = {"html": _html, "en": _html, "pod": _pod, "cfg": _dialogue}
+    forms: dict[str, Callable[[str], str]] = {"html": _html, "en": _html, "pod": _pod}
     if name.startswith("data."):
         return _dictionary(content)
     return forms.get(name.rpartition(".")[2], str.strip)(content)
@@ -302,14 +301,6 @@ def _html(content: str) -> str:
 def _pod(content: str) -> str:
     content = re.sub(r"^=(head\d|item|over|back|cut|pod|for|begin|end|encoding)\s*", "", content, flags=re.M)
     return re.sub(r"[IBCFLXSEZ]<+([^<>|]*)(?:\|[^<>]*)?>+", r"\1", content).strip()
-
-
-def _dialogue(content: str) -> str:
-    """What is said in a campaign of Wesnoth: its translatable strings."""
-    spoken = (
-        re.sub(r"\s+", " ", said.replace('""', '"')) for said in re.findall(r'_ ?"((?:[^"]|"")*)"', content)
-    )
-    return "\n".join(said.strip() for said in spoken if len(said) > 40)
 
 
 def _dictionary(content: str) -> str:
