@@ -141,5 +141,6 @@ def test_the_default_evaluation_is_a_command_that_ic_train_knows():
 
     words = evaluation()
     assert words[:2] == ["evaluate", "passkey"]
-    options = cli._parser().parse_args(["evaluate passkey", *words[2:]])
+    command = " ".join(words[:2])
+    options = cli._parser([command]).parse_args([command, *words[2:]])
     assert options.model == "/models/ic-nano" and options.context_tokens == [16384]

@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     vllm = str(Path(sys.executable).with_name("vllm"))
     words = [vllm, "serve", str(smollm2.checkpoint()), "--host", "127.0.0.1", "--port", "{port}"]
     # eager: compiling takes a minute
-    words += ["--enforce-eager", "--max-model-len", "4096"]
+    words += ["--enforce-eager", "--max-model-len", "4096", "--dtype", "float32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         with serve(words, folder / "server.log", start_timeout_s=400) as url:

@@ -3,7 +3,7 @@
 import pytest
 
 from ic_vllm_plugin.cpu_backend import absorbed_query_limit
-from ic_vllm_plugin.cpu_defaults import GIB, plan_cpu_memory
+from ic_vllm_plugin.cpu_defaults import GIB, plan_cpu_memory, weight_bits
 
 NANO = {"weight_bytes": 10_000_000, "kv_bytes_per_token": 2560, "page_tokens": 128}
 
@@ -36,3 +36,22 @@ def test_too_little_memory_is_said_with_what_to_change():
 )
 def test_short_queries_run_absorbed_where_that_is_less_work(dims, limit):
     assert absorbed_query_limit(*dims) == limit
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ({}, set()),
+        ({"quant_method": "fp8"}, set()),
+        ({"quant_method": "gptq", "bits": 4}, {4}),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": None}},
+            },
+            {4},
+        ),
+    ],
+)
+def test_the_bits_of_weights_are_read_from_each_method_that_writes_them(quantization, bits):
+    assert weight_bits(quantization) == bits

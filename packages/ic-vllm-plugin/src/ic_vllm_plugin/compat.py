@@ -325,6 +325,17 @@ def _config_hook() -> type:
     return InfiniteContextConfigHook
 
 
+def has_cpu_kernel_of_4_bits() -> bool:
+    """Whether vLLM's build for this processor multiplies by weights of 4 bits; the one without AVX-512 does not.
+
+    vLLM takes its only such kernel without asking, and fails in the first step with an AttributeError.
+    """
+    import torch
+
+    importlib.import_module("vllm._custom_ops")
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
 def _keep_scheduling_on_cpu() -> None:
     """Let chunked prefill and prefix caching stay on for our architecture on the CPU.
 

@@ -7,9 +7,10 @@ tokens on a small machine they fail again. Whatever the user sets stays as it is
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ic_vllm_plugin import compat
 from ic_vllm_plugin.options import SECTION, Options, read_options
@@ -80,11 +81,24 @@ def plan_cpu_memory(
     return CPUMemoryPlan(kv_cache_bytes=kv_cache_bytes, context_tokens=min(context_tokens, fitting_tokens))
 
 
+def weight_bits(quantization: Mapping[str, Any]) -> set[int]:
+    """How many bits the weights have, by config.json's quantization_config; empty where it does not say.
+
+    Args:
+        quantization: as GPTQ and AWQ write it, or compressed-tensors.
+    """
+    groups = (quantization.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    found = [quantization.get("bits"), *(one.get("num_bits") for one in weights)]
+    return {int(bits) for bits in found if bits is not None}
+
+
 def apply_cpu_defaults(vllm_config: VllmConfig) -> None:
     """Set what the user did not: the KV cache's size, a context that fits (a cap is logged), the threads.
 
     Raises:
-        ValueError: vLLM is too old for MLA on a CPU, the memory does not suffice, or an option is wrong.
+        ValueError: vLLM is too old for MLA on a CPU, it has no kernel for the weights on this processor, the
+            memory does not suffice, or an option is wrong.
     """
     from vllm.config import CompilationMode
 
@@ -96,6 +110,13 @@ def apply_cpu_defaults(vllm_config: VllmConfig) -> None:
     if version.release[:2] < compat.CPU_FROM:
         raise ValueError(
             f"vLLM {version} cannot serve MLA on a CPU; install vLLM {'.'.join(map(str, compat.CPU_FROM))}"
+        )
+    quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    if 4 in weight_bits(quantization) and not compat.has_cpu_kernel_of_4_bits():
+        raise ValueError(
+            f"{vllm_config.model_config.model} has weights of 4 bits (quant_method "
+            f"{quantization.get('quant_method')!r}), for which vLLM {version} has kernels on processors with "
+            "AVX-512 alone; this one has none. Serve the checkpoint that it was made of, or take another machine."
         )
     if _usable_cores() <= FEW_CORES:
         # vLLM keeps one core free of its worker: of two, that is half of the machine, for a scheduler
