@@ -19,6 +19,7 @@ from ic_model.ops.mla_decode import mla_decode
 
 from ic_vllm_plugin import compat
 from ic_vllm_plugin.latent_attention import write_latents
+from ic_vllm_plugin.latent_impl import LatentImplBase
 from ic_vllm_plugin.metadata import DecodeBatch, LatentMetadata, LatentMetadataBuilder
 from ic_vllm_plugin.options import read_options
 from ic_vllm_plugin.prefill import ContextPass, MergedAttention, attention, gather_rows, prefill_kernel
@@ -86,59 +87,27 @@ class LatentBackend(compat.AttentionBackend):
         return False
 
 
-class LatentImpl(compat.MLAAttentionImpl):
+class LatentImpl(LatentImplBase):
     """The attention of one layer. MLAAttention calls it: first the cache update, then the two forwards."""
 
+    kv_cache_dtypes = KV_CACHE_DTYPES
     can_return_lse_for_decode: bool = True
     lse_base_on_e: bool = True
-    supports_pcp: bool = False
     supports_dcp: bool = False
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None,
-        attn_type: str,
-        kv_sharing_target_layer_name: str | None,
-        *,
-        kv_lora_rank: int,
-        qk_nope_head_dim: int,
-        qk_rope_head_dim: int,
-        v_head_dim: int,
-        kv_b_proj: torch.nn.Module,
-        **other_mla_args: Any,
-    ) -> None:
-        _refuse_features(
-            alibi_slopes=alibi_slopes,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
-            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            indexer=other_mla_args.get("indexer"),
-        )
-        if attn_type != compat.AttentionType.DECODER:
-            raise ValueError(f"attn_type is {attn_type!r}; accepted: {compat.AttentionType.DECODER!r}")
+    def __init__(self, *arguments: Any, **mla_arguments: Any) -> None:
+        super().__init__(*arguments, **mla_arguments)
         # vLLM builds a model with its own dtype as the default
         self._dtype = torch.get_default_dtype()
-        _check_cache(kv_cache_dtype, self._dtype)
-        _check_dims(qk_nope_head_dim + qk_rope_head_dim, v_head_dim)
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
-        self.kv_lora_rank = kv_lora_rank
-        self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
-        self.v_head_dim = v_head_dim
-        self.kv_b_proj = kv_b_proj
+        query_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        _check_cache(self.kv_cache_dtype, self._dtype)
+        _check_dims(query_dim, self.v_head_dim)
         options = read_options(compat.current_vllm_config())
         self._decode_with = options.decode
         kernel = prefill_kernel(
             options.prefill,
-            query_dim=qk_nope_head_dim + qk_rope_head_dim,
-            value_dim=v_head_dim,
+            query_dim=query_dim,
+            value_dim=self.v_head_dim,
             dtype=self._dtype,
         )
         self._attend = attention(kernel, self.scale)
@@ -376,26 +345,8 @@ class LatentImpl(compat.MLAAttentionImpl):
 
         return expand
 
-    def _expand(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[s, C]` and rotated keys `[s, R]` to keys `[s, N, P + R]` and values `[s, N, V]`."""
-        expanded = self.kv_b_proj(latents.contiguous())[0]
-        expanded = expanded.view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
-        nope, values = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        keys = nope.new_empty(*nope.shape[:2], self.qk_nope_head_dim + self.qk_rope_head_dim)
-        keys[..., : self.qk_nope_head_dim] = nope
-        keys[..., self.qk_nope_head_dim :] = rope_keys.unsqueeze(1)
-        return keys, values
-
-
-def _refuse_features(**features: Any) -> None:
-    for name, value in features.items():
-        if value is not None:
-            raise ValueError(f"{name} is {value!r}; InfiniteContext's attention accepts None only")
-
 
 def _check_cache(kv_cache_dtype: str, dtype: torch.dtype) -> None:
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; accepted: {', '.join(KV_CACHE_DTYPES)}")
     if kv_cache_dtype in ("float16", "bfloat16") and str(dtype) != f"torch.{kv_cache_dtype}":
         raise ValueError(
             f"kv_cache_dtype is {kv_cache_dtype!r} and the model's dtype {dtype}; accepted: auto, fp8"

@@ -23,6 +23,10 @@ from ic_vllm_plugin.latent_attention import (
     expanded_attention,
     write_latents,
 )
+from ic_vllm_plugin.latent_impl import LatentImplBase
+
+# the model's own dtype
+KV_CACHE_DTYPES = ("auto",)
 
 
 def absorbed_query_limit(latent_rank: int, rope_dim: int, nope_dim: int, value_dim: int) -> int:
@@ -41,7 +45,7 @@ class CPULatentBackend(compat.AttentionBackend):
     """Description of the backend for vLLM."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(KV_CACHE_DTYPES)
 
     @staticmethod
     def get_name() -> str:
@@ -151,55 +155,11 @@ class CPULatentMetadataBuilder(compat.AttentionMetadataBuilder):
         )
 
 
-class CPULatentImpl(compat.MLAAttentionImpl):
+class CPULatentImpl(LatentImplBase):
     """The attention of one layer. MLAAttention calls it: first the cache update, then the two forwards."""
 
+    kv_cache_dtypes = KV_CACHE_DTYPES
     can_return_lse_for_decode: bool = False
-    supports_pcp: bool = False
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None,
-        attn_type: str,
-        kv_sharing_target_layer_name: str | None,
-        *,
-        kv_lora_rank: int,
-        qk_nope_head_dim: int,
-        qk_rope_head_dim: int,
-        v_head_dim: int,
-        kv_b_proj: torch.nn.Module,
-        **other_mla_args: Any,
-    ) -> None:
-        unsupported = {
-            "alibi_slopes": alibi_slopes,
-            "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
-            "indexer": other_mla_args.get("indexer"),
-        }
-        for name, value in unsupported.items():
-            if value is not None:
-                raise ValueError(f"{name} is {value!r}; InfiniteContext's CPU attention accepts None only")
-        if attn_type != compat.AttentionType.DECODER:
-            raise ValueError(f"attn_type is {attn_type!r}; accepted: {compat.AttentionType.DECODER!r}")
-        if kv_cache_dtype not in CPULatentBackend.supported_kv_cache_dtypes:
-            raise ValueError(
-                f"kv_cache_dtype is {kv_cache_dtype!r}; on a CPU accepted: "
-                f"{', '.join(CPULatentBackend.supported_kv_cache_dtypes)} (the model's own dtype)"
-            )
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads, kv_cache_dtype
-        self.kv_lora_rank = kv_lora_rank
-        self.qk_nope_head_dim, self.qk_rope_head_dim = qk_nope_head_dim, qk_rope_head_dim
-        self.v_head_dim = v_head_dim
-        self.kv_b_proj = kv_b_proj
 
     def do_kv_cache_update(
         self,
@@ -250,17 +210,12 @@ class CPULatentImpl(compat.MLAAttentionImpl):
             q,
             kv_c_and_k_pe_cache,
             attn_metadata.prefill.requests,
-            self._expand,
+            self._expand_rows,
             scale=self.scale,
             value_dim=self.v_head_dim,
         )
         output.copy_(attended.flatten(1))
 
-    def _expand(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _expand_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows `[s, C + R]` to keys `[s, N, P + R]` and values `[s, N, V]`."""
-        latents, rope_keys = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        expanded = self.kv_b_proj(latents.contiguous())[0]
-        expanded = expanded.view(-1, self.num_heads, self.qk_nope_head_dim + self.v_head_dim)
-        keys, values = expanded.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        shared = rope_keys.unsqueeze(1).expand(-1, self.num_heads, -1)
-        return torch.cat((keys, shared), dim=-1), values
+        return self._expand(*rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1))
