@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ic_model.ops import aot
+from ic_model.sizing import GIB
 from ic_train.evaluation.passkey import wilson_interval
 from ic_train.evaluation.report import difference_interval
 
@@ -243,6 +244,44 @@ def _conversion_line(stages: dict[str, Row]) -> str:
     )
 
 
+def conversion_cost_table(rows: Sequence[Row]) -> str:
+    """Time and memory that conversions took, each size of the newest result that has it."""
+    newest = {
+        (row["source"], row["kv_lora_rank"], row["qk_rope_head_dim"], row["gpu"]): row
+        for row in rows
+        if row["stage"] == "converted"
+    }
+    lines = [
+        "| source | C | R | took, s | peak memory, GiB | device | result |",
+        "|---|---:|---:|---:|---:|---|---|",
+    ]
+    for row in newest.values():
+        lines.append(
+            f"| `{row['source']}` | {row['kv_lora_rank']} | {row['qk_rope_head_dim']} | {row['wall_s']:.0f} "
+            f"| {row['peak_memory_bytes'] / GIB:.2f} | {row['gpu']} | `{row['result']}` |"
+        )
+    return "\n".join(lines)
+
+
+def conversion_needs_table(rows: Sequence[Row]) -> str:
+    """Memory and disk by arithmetic, a line per shape of the newest result."""
+    lines = [
+        "| source | C | R | numbers per token, before and after | memory, GiB | disk meanwhile, GiB | result, GiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in {row["shape_of"]: row for row in rows}.values():
+        memory, meanwhile, left = (
+            f"{row[name] / GIB:.1f}"
+            for name in ("needs_memory_bytes", "needs_workspace_bytes", "checkpoint_bytes")
+        )
+        lines.append(
+            f"| {row['shape_of']} | {row['kv_lora_rank']} | {row['qk_rope_head_dim']} "
+            f"| {row['source_kv_numbers_per_token']:,}, {row['kv_numbers_per_token']:,} "
+            f"| {memory} | {meanwhile} | {left} |"
+        )
+    return "\n".join(lines)
+
+
 def chat_table(rows: Sequence[Row]) -> str:
     """Every question of the newest result with all its answers, in full."""
     newest = [row for row in rows if row["result"] == rows[-1]["result"]]
@@ -320,6 +359,8 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "kernels": (frozenset({"op", "impl", "heads", "batch", "context_tokens", "median_us"}), kernels_table),
     "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
     "conversion": (CONVERSION_FIELDS, conversion_table),
+    "conversion-cost": (CONVERSION_FIELDS | {"kv_lora_rank", "wall_s", "peak_memory_bytes"}, conversion_cost_table),
+    "conversion-needs": (frozenset({"shape_of", "needs_memory_bytes"}), conversion_needs_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
     "training": (frozenset({"tokens_per_sequence", "impl", "ring", "mfu"}), training_table),
