@@ -266,7 +266,7 @@ def conversion_cost_table(rows: Sequence[Row]) -> str:
 def conversion_needs_table(rows: Sequence[Row]) -> str:
     """Memory and disk by arithmetic, a line per shape of the newest result."""
     lines = [
-        "| source | C | R | numbers per token, before and after | memory, GiB | disk meanwhile, GiB | result, GiB |",
+        "| source | C | R | numbers per token, before, after | memory, GiB | disk meanwhile, GiB | result, GiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in {row["shape_of"]: row for row in rows}.values():
@@ -359,7 +359,10 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "kernels": (frozenset({"op", "impl", "heads", "batch", "context_tokens", "median_us"}), kernels_table),
     "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
     "conversion": (CONVERSION_FIELDS, conversion_table),
-    "conversion-cost": (CONVERSION_FIELDS | {"kv_lora_rank", "wall_s", "peak_memory_bytes"}, conversion_cost_table),
+    "conversion-cost": (
+        CONVERSION_FIELDS | {"kv_lora_rank", "wall_s", "peak_memory_bytes"},
+        conversion_cost_table,
+    ),
     "conversion-needs": (frozenset({"shape_of", "needs_memory_bytes"}), conversion_needs_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),

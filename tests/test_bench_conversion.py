@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bench.cases.conversion_needs import SHAPES, needs_row
 from bench.conversion import main, plot_conversion_result
 from bench.report import render
 
@@ -83,3 +84,28 @@ def test_plot(tmp_path, capsys):
         plot_conversion_result(folder)
     assert main([str(folder)]) == 2
     assert "has no conversions" in capsys.readouterr().err
+
+
+def test_what_conversions_took_is_of_the_newest_result_of_a_size():
+    took = {**CONVERTED, "wall_s": 94.4, "peak_memory_bytes": 2 * 1024**3}
+    lines = _table(
+        "conversion-cost",
+        [
+            took,
+            {**took, **NEWER, "wall_s": 80.0},
+            {**took, **NEWER, "stage": "partial_rope"},
+            {**HEALED, "peak_memory_bytes": 1},
+        ],
+    )
+    assert lines[2:] == ["| `SmolLM2` | 128 | 64 | 80 | 2.00 | cpu | `20260102-h-conversion` |"]
+
+
+def test_what_a_shape_needs_is_counted_as_the_converter_counts_it():
+    rows = [{**needs_row(name), "gpu": "cpu", "result": "r"} for name in SHAPES]
+    lines = _table("conversion-needs", rows)
+    assert len(lines) == 2 + len(SHAPES)
+    large = rows[-1]
+    assert large["shape_of"] == "Llama-3.1-8B" and 7.9e9 < large["parameters"] < 8.5e9
+    assert large["source_kv_numbers_per_token"] == 65_536
+    # of one layer at a time: far less than the weights, and more than the embedding in both its forms
+    assert 6 * 128_256 * 4096 * 2 < large["needs_memory_bytes"] < large["checkpoint_bytes"]

@@ -2,8 +2,8 @@
 
     python -m bench.cases.conversion_needs
 
-Sources are named by their shapes: nothing is downloaded, and nothing measured. What `ic-train convert --dry-run` says
-of a source at hand is the same arithmetic.
+Sources are named by their shapes: nothing is downloaded, and nothing measured. What `ic-train convert --dry-run`
+says of a source at hand is the same arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ic_train.results import new_result_folder, write_result
 
 TOPIC = "conversion-needs"
 BFLOAT16_BYTES = 2
-# of the published config.json: layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied
+# of config.json: layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
 SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "SmolLM2-135M": (30, 576, 1536, 9, 3, 64, 49_152, True),
     "Qwen2.5-0.5B": (24, 896, 4864, 14, 2, 64, 151_936, True),
