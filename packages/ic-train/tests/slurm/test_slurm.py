@@ -40,8 +40,10 @@ class Jobs:
     def train(self, output: Path, *more: str, script: str = "several-nodes.sbatch", **options: Any) -> str:
         flags = ["--model", str(self.toys["model"]), "--corpora", str(self.toys["corpora"])]
         words = [str(RECIPES / "text.yaml"), *flags, "--output_dir", str(output), *more]
-        # this machine may give out any port to whoever connects
-        self.cluster.environment["IC_MASTER_PORT"] = str(free_ports(1)[0])
+        # this machine may give out any port to whoever connects; but an array shares what it is given
+        self.cluster.environment.pop("IC_MASTER_PORT", None)
+        if script != "sweep.sbatch":
+            self.cluster.environment["IC_MASTER_PORT"] = str(free_ports(1)[0])
         return self.submit(script, *words, **options)
 
     def reached(self, output: Path, step: int) -> bool:
