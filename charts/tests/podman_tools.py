@@ -54,8 +54,7 @@ except urllib.error.HTTPError as error:
     status, text = error.code, error.read()
 except OSError as error:
     status, text = 0, str(error).encode()
-print(status)
-sys.stdout.buffer.write(text)
+sys.stdout.buffer.write(b"%d\\n" % status + text)
 """
 
 
