@@ -1,0 +1,194 @@
+"""What preference training does for a model, from pairs to the table: one command, which goes on where it stopped.
+
+    python -m bench.cases.preference_training --model ic-nano --work WORK --lengths 4k,32k,128k
+    python -m bench.cases.preference_training --work WORK --flags "--learning_rate 2e-5" --flags "--beta 0.5"
+
+It makes pairs with the model's own wrong answers (`ic-train data preferences`), trains once for every `--flags`
+(`ic_train.dpo`), and asks each trained model some questions at the shortest length. The one that gives most right
+answers without losing text (`--most-perplexity`) is evaluated in full beside the model before training, with other
+questions than those that chose it. The result has its counts; its rows say what the others had (`screened`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ic_train import cli
+from ic_train.evaluation.command import checkpoint_folder, parse_lengths
+from ic_train.evaluation.report import read_report
+from ic_train.results import new_result_folder, write_result
+
+from bench.cases.preferences import TOPIC, compared
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "packages" / "ic-train" / "recipes" / "ic-nano" / "dpo.yaml"
+TASKS = "niah,distractors,corrections,absent"
+# other questions than those of the result
+SCREEN_SEED = 7000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make pairs, train, choose, evaluate and write the result; the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        folder = run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {folder}")
+    return 0
+
+
+def run(options: argparse.Namespace) -> Path:
+    """The result's folder.
+
+    Raises:
+        ValueError: an option is wrong, or a step failed.
+    """
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    model = checkpoint_folder(options.model)
+    shortest = min(parse_lengths(options.lengths))
+    settings = options.flags or [""]
+    pairs = ["data", "preferences", work / "pairs", "--model", model, "--device", options.device]
+    pairs += ["--dtype", options.dtype, "--kinds", options.kinds, "--lengths", options.pair_lengths]
+    pairs += ["--short-tokens", options.short_tokens, "--pairs", options.pairs]
+    _ic_train(*pairs, done=work / "pairs" / "preferences.json")
+    before = work / "before"
+    _evaluate(options, model, before / "screen", lengths=str(shortest), screen=True)
+    screened: list[dict[str, Any]] = []
+    for number, flags in enumerate(settings):
+        trained = work / f"trained-{number}"
+        _train(options, model, trained, flags)
+        _evaluate(options, trained, trained / "screen", lengths=str(shortest), screen=True)
+        screened.append({"flags": flags, **_screened(before / "screen", trained / "screen")})
+        print(json.dumps(screened[-1]), flush=True)
+    chosen = choose(screened, options.most_perplexity)
+    for name, one in (("before", model), (f"trained-{chosen}", work / f"trained-{chosen}")):
+        _evaluate(options, one, work / name / "evaluation", lengths=options.lengths, screen=False)
+    trained = work / f"trained-{chosen}"
+    rows = compared([before / "evaluation"], [trained / "evaluation"], trained)
+    found = {"training_flags": settings[chosen], "screened": screened}
+    folder = new_result_folder(options.results, TOPIC)
+    write_result(folder, TOPIC, [{**row, **found} for row in rows], seed=options.seed)
+    return folder
+
+
+def choose(screened: Sequence[dict[str, Any]], most_perplexity: float) -> int:
+    """The number of the run to evaluate: most right answers among those that kept the text, else least lost text.
+
+    Args:
+        screened: of each run `right_after` and `perplexity_ratio`.
+        most_perplexity: after training, times that before.
+    """
+    kept = [number for number, one in enumerate(screened) if one["perplexity_ratio"] <= most_perplexity]
+    if not kept:
+        return min(range(len(screened)), key=lambda number: screened[number]["perplexity_ratio"])
+    return max(kept, key=lambda number: screened[number]["right_after"])
+
+
+def _screened(before: Path, after: Path) -> dict[str, Any]:
+    counts: dict[str, Any] = {}
+    for place, folder in (("before", before), ("after", after)):
+        rows = read_report(folder)
+        counts[f"right_{place}"] = sum(row["correct"] for row in rows if row["task"] != "perplexity")
+        # of the longest stretch, which reads what the others read, too
+        counts[f"perplexity_{place}"] = [row["perplexity"] for row in rows if row["task"] == "perplexity"][-1]
+    return counts | {"perplexity_ratio": counts["perplexity_after"] / counts["perplexity_before"]}
+
+
+def _evaluate(options: argparse.Namespace, model: Path, out: Path, *, lengths: str, screen: bool) -> None:
+    words = ["evaluate", model, "--out", out, "--suite", f"{TASKS},perplexity", "--lengths", lengths]
+    words += ["--device", options.device, "--dtype", options.dtype]
+    words += ["--questions", options.screen_questions if screen else options.questions]
+    words += ["--keys-per-context", options.keys_per_context]
+    words += ["--seed", SCREEN_SEED if screen else options.seed]
+    _ic_train(*words, done=out / "report.json")
+
+
+def _ic_train(*words: Any, done: Path) -> None:
+    """Run a command of `ic-train` in this process, unless it has left what it leaves when it is done."""
+    if done.is_file():
+        print(f"there already: {done}", flush=True)
+        return
+    command = [str(word) for word in words]
+    print(f"ic-train {shlex.join(command)}", flush=True)
+    started = time.monotonic()
+    if status := cli.main(command):
+        raise ValueError(f"ic-train {command[0]} failed with status {status}; what it said is above")
+    print(f"took {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _train(options: argparse.Namespace, model: Path, out: Path, flags: str) -> None:
+    if (out / "training.json").is_file():
+        print(f"there already: {out}", flush=True)
+        return
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    on_gpu = options.device.startswith("cuda")
+    # the recipe is for a CPU
+    command += ["--mixed_precision", "bf16" if on_gpu else "no", *([] if on_gpu else ["--cpu"])]
+    command += ["-m", "ic_train.dpo", "--config", str(options.recipe), "--model", str(model)]
+    command += ["--preferences", str(options.work / "pairs"), "--output_dir", str(out)]
+    if options.text:
+        command += ["--text_corpora", *options.text]
+    if on_gpu:
+        command += ["--use_cpu", "false", "--bf16", "true", "--attn_implementation", "mla_prefill"]
+    command += shlex.split(flags)
+    print(shlex.join(command[3:]), flush=True)
+    if status := subprocess.run(command, check=False).returncode:
+        raise ValueError(f"training with {flags!r} failed with status {status}; what it said is above")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cases.preference_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", default="ic-nano", metavar="DIR", help="checkpoint folder or ic-nano (default: ic-nano)")
+    add("--work", type=Path, required=True, metavar="DIR", help="pairs, trained models and evaluations")
+    add("--recipe", type=Path, default=RECIPE, metavar="FILE", help="of ic_train.dpo (default: ic-nano's)")
+    add("--flags", action="append", metavar="WORDS", help="of ic_train.dpo; may be repeated: a run for each")
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="of ic-train data text: text_corpora of every run",
+    )
+    add("--kinds", default="single,distractors,corrections,absent", metavar="A,B", help="of pairs")
+    add("--pairs", type=int, default=400, metavar="N", help="per kind and length (default: 400)")
+    add("--pair-lengths", default="4k,32k", metavar="N,N", help="of pairs, in tokens (default: 4k,32k)")
+    add("--short-tokens", default="1k", metavar="N", help="their short form (default: 1k)")
+    add("--lengths", default="4k,32k,128k", metavar="N,N", help="of evaluation (default: 4k,32k,128k)")
+    add("--questions", type=int, default=200, metavar="N", help="per task and length (default: 200)")
+    add(
+        "--keys-per-context", type=int, default=50, metavar="N", help="questions of one context (default: 50)"
+    )
+    add("--screen-questions", type=int, default=100, metavar="N", help="per task, to choose (default: 100)")
+    add(
+        "--most-perplexity",
+        type=float,
+        default=1.1,
+        metavar="X",
+        help="of text, times that before, for a run to be chosen (default: 1.1)",
+    )
+    add("--seed", type=int, default=1000, help="of the evaluation's questions (default: 1000)")
+    add("--device", default="cuda", help="cuda or cpu (default: cuda)")
+    add("--dtype", default="bfloat16", help="of the model when it answers (default: bfloat16)")
+    add("--results", type=Path, default=Path("bench/results"), metavar="DIR")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

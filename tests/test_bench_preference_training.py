@@ -1,0 +1,51 @@
+"""From pairs to the table of what preference training did: real pairs, training and evaluation, of few of each."""
+
+import json
+
+from bench.cases import preference_training
+from bench.cases.preference_training import choose
+from bench.report import load_rows
+
+
+def test_the_run_with_most_right_answers_that_kept_the_text_is_chosen():
+    runs = [
+        {"right_after": 5, "perplexity_ratio": 1.0},
+        {"right_after": 9, "perplexity_ratio": 1.05},
+        {"right_after": 20, "perplexity_ratio": 1.3},
+    ]
+    assert choose(runs, 1.1) == 1
+    assert choose(runs, 1.5) == 2
+    assert choose(runs[1:], 1.0) == 0
+
+
+def test_pairs_training_and_evaluations_become_one_result(tmp_path, capfd):
+    few = (
+        "--pairs 1 --pair-lengths 1k --short-tokens 900 --kinds corrections,absent --lengths 1k --questions 2"
+    )
+    few += " --screen-questions 1 --keys-per-context 2 --dtype float32 --device cpu --most-perplexity 100"
+    words = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"), *few.split()]
+    words += ["--flags", "--max_steps 1 --save_strategy no"]
+    assert preference_training.main(words) == 0
+    rows = load_rows(tmp_path / "results")
+    assert {row["task"] for row in rows} == {"niah", "distractors", "corrections", "absent", "perplexity"}
+    assert all(row["asked"] == 2 for row in rows if row["task"] != "perplexity")
+    (screened,) = rows[0]["screened"]
+    assert screened["flags"] == rows[0]["training_flags"] == "--max_steps 1 --save_strategy no"
+    assert screened["perplexity_ratio"] > 0
+    # again: everything is there
+    capfd.readouterr()
+    assert preference_training.main(words) == 0
+    said = capfd.readouterr().out
+    assert said.count("there already") == 6 and "ic-train data" not in said
+
+
+def test_a_run_that_fails_ends_the_case_with_what_failed(tmp_path, capsys):
+    pairs = tmp_path / "pairs"
+    for folder, file in (("pairs", "preferences.json"), ("before/screen", "report.json")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / file).write_text(json.dumps({"rows": []}))
+    words = ["--work", str(tmp_path), "--results", str(tmp_path / "results"), "--device", "cpu"]
+    assert preference_training.main([*words, "--flags", "--objective other"]) == 2
+    said = capsys.readouterr().err
+    assert "training with '--objective other' failed with status 1" in said
+    assert not (tmp_path / "results").exists() and pairs.is_dir()
