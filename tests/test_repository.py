@@ -92,10 +92,11 @@ def test_no_path_of_anyones_machine():
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
 def test_commands_in_documents_exist(document):
-    scripts = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]["default"]["scripts"]
-    named = set(re.findall(r"hatch run ([a-z]+)", (ROOT / document).read_text()))
+    environments = tomllib.loads((ROOT / "hatch.toml").read_text())["envs"]
+    scripts = {f"{name}:{script}" for name, one in environments.items() for script in one.get("scripts", {})}
+    named = set(re.findall(r"hatch run ((?:[a-z]+:)?[a-z]+)", (ROOT / document).read_text()))
     assert named
-    assert named <= set(scripts)
+    assert {name if ":" in name else f"default:{name}" for name in named} <= scripts
 
 
 def test_ci_runs_the_readmes_test_command():
