@@ -1,7 +1,5 @@
 """From pairs to the table of what preference training did: real pairs, training and evaluation, of few of each."""
 
-import json
-
 from bench.cases import preference_training
 from bench.cases.preference_training import choose
 from bench.report import load_rows
@@ -32,20 +30,13 @@ def test_pairs_training_and_evaluations_become_one_result(tmp_path, capfd):
     (screened,) = rows[0]["screened"]
     assert screened["flags"] == rows[0]["training_flags"] == "--max_steps 1 --save_strategy no"
     assert screened["perplexity_ratio"] > 0
-    # again: everything is there
+    # other flags are another run, beside the one that is there; one that fails ends the case
     capfd.readouterr()
-    assert preference_training.main(words) == 0
-    said = capfd.readouterr().out
-    assert said.count("there already") == 6 and "ic-train data" not in said
-
-
-def test_a_run_that_fails_ends_the_case_with_what_failed(tmp_path, capsys):
-    pairs = tmp_path / "pairs"
-    for folder, file in (("pairs", "preferences.json"), ("before/screen", "report.json")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / file).write_text(json.dumps({"rows": []}))
-    words = ["--work", str(tmp_path), "--results", str(tmp_path / "results"), "--device", "cpu"]
     assert preference_training.main([*words, "--flags", "--objective other"]) == 2
-    said = capsys.readouterr().err
-    assert "training with '--objective other' failed with status 1" in said
-    assert not (tmp_path / "results").exists() and pairs.is_dir()
+    said = capfd.readouterr()
+    assert said.out.count("there already") == 1
+    assert "training with '--objective other' failed with status 1" in said.err
+    assert len(load_rows(tmp_path / "results")) == len(rows)
+    # pairs of other settings are not taken for these
+    assert preference_training.main([*words, "--pairs", "2"]) == 2
+    assert "holds a run with pairs" in capfd.readouterr().err

@@ -1,7 +1,7 @@
 """`hatch run test`: every folder of tests is in a part, every part is run and told of, and nothing outlives it."""
 
 import configparser
-import importlib.util
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +18,8 @@ RUNNER = ROOT / "tools" / "test.py"
 WITH_PARTS = """
 import runpy, sys
 sys.argv = ["test.py"]
+# where Python itself looks first for what a script imports
+sys.path.insert(0, {folder!r})
 names = runpy.run_path({runner!r})
 main, PARTS = names["main"], names["PARTS"]
 PARTS.clear()
@@ -29,17 +31,17 @@ sys.exit(main())
 
 def script_of(parts: dict[str, str]) -> list[str]:
     commands = {name: [sys.executable, "-c", textwrap.dedent(code)] for name, code in parts.items()}
-    return [sys.executable, "-c", WITH_PARTS.format(runner=str(RUNNER), parts=commands)]
+    return [
+        sys.executable,
+        "-c",
+        WITH_PARTS.format(folder=str(RUNNER.parent), runner=str(RUNNER), parts=commands),
+    ]
 
 
-def test_every_folder_of_tests_is_in_a_part():
-    spec = importlib.util.spec_from_file_location("test_runner_tool", RUNNER)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # its dataclass looks itself up
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    words = [word for command in module.PARTS.values() for word in command]
+def test_every_folder_of_tests_is_in_a_part(monkeypatch):
+    monkeypatch.syspath_prepend(str(RUNNER.parent))
+    parts = runpy.run_path(str(RUNNER))["PARTS"]
+    words = [word for command in parts.values() for word in command]
     configuration = configparser.ConfigParser()
     configuration.read(ROOT / "pytest.ini")
     missing = set(configuration["pytest"]["testpaths"].split()) - set(words)

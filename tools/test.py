@@ -2,12 +2,13 @@
 
 With arguments, they go to pytest, and nothing else runs. Without, all parts run: pytest over the packages, the
 kernels' own tiers (kernel_tests.py), which need processes of their own, and Ansible's, which need an environment
-of their own. Two at a time: most tests wait for a program of one thread, so that a part for each core halves the
-time. What a part printed follows as a whole when it has ended, so that no two are mixed.
+of their own. Two at a time: most of the time goes to programs of one thread. What a part printed follows as a
+whole when it has ended, so that no two are mixed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+
+from kernel_tests import VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 AT_ONCE = 2
@@ -46,8 +49,7 @@ PARTS: dict[str, list[str]] = {
     "ic-train, serving": [*PYTEST, *SERVING],
     "charts": [*PYTEST, "charts/tests"],
     "ic-vllm-plugin": [*PYTEST, "packages/ic-vllm-plugin/tests"],
-    "kernels, newest Triton": [*KERNELS, "--triton", "3.9"],
-    "kernels, oldest Triton": [*KERNELS, "--triton", "3.6"],
+    **{f"kernels, Triton {version}": [*KERNELS, "--triton", version] for version in VERSIONS},
     "ic-model, tests": [*PYTEST, "packages/ic-model/tests", "tests"],
 }
 # Debian's packages that tests need, where they are missing: one after the other, since apt takes one at a time
@@ -69,7 +71,7 @@ class Part:
     name: str
     command: list[str]
     output: Path
-    start: float = field(default_factory=time.monotonic)
+    start: float = 0.0
     process: subprocess.Popen[bytes] | None = None
     line: str = ""
 
@@ -156,7 +158,9 @@ def stop(parts: Sequence[Part]) -> None:
     """End what still runs, as ctrl-c in a terminal would: pytest then stops what its tests started."""
     running = [part.process for part in parts if part.process is not None and part.process.poll() is None]
     for process in running:
-        os.killpg(process.pid, signal.SIGINT)
+        # gone meanwhile
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
     for process in running:
         try:
             process.wait(STOP_S)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,43 @@ from ic_train.results import new_result_folder, write_result
 
 TOPIC = "conversion-needs"
 BFLOAT16_BYTES = 2
-# of config.json: layers, hidden, intermediate, heads, key-value heads, head dimension, vocabulary, tied embeddings
-SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
-    "SmolLM2-135M": (30, 576, 1536, 9, 3, 64, 49_152, True),
-    "Qwen2.5-0.5B": (24, 896, 4864, 14, 2, 64, 151_936, True),
-    "SmolLM2-1.7B": (24, 2048, 8192, 32, 32, 64, 49_152, True),
-    "Llama-3.1-8B": (32, 4096, 14_336, 32, 8, 128, 128_256, False),
-}
-# (C, R): a key-value head's worth of rotary dimensions, and half of what the source caches or less
-SIZES = {
-    "SmolLM2-135M": (128, 64),
-    "Qwen2.5-0.5B": (64, 64),
-    "SmolLM2-1.7B": (512, 64),
-    "Llama-3.1-8B": (512, 64),
-}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """A source by its published config.json, and what it is converted to."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    latent_rank: int
+    rope_dim: int = 64
+
+
+# the latent row is half of what the source caches, or less
+SHAPES = {
+    "SmolLM2-135M": Shape(
+        layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64, vocabulary=49_152, tied=True,
+        latent_rank=128,
+    ),
+    "Qwen2.5-0.5B": Shape(
+        layers=24, hidden=896, intermediate=4864, heads=14, kv_heads=2, head_dim=64, vocabulary=151_936, tied=True,
+        latent_rank=64,
+    ),
+    "SmolLM2-1.7B": Shape(
+        layers=24, hidden=2048, intermediate=8192, heads=32, kv_heads=32, head_dim=64, vocabulary=49_152,
+        tied=True, latent_rank=512,
+    ),
+    "Llama-3.1-8B": Shape(
+        layers=32, hidden=4096, intermediate=14_336, heads=32, kv_heads=8, head_dim=128, vocabulary=128_256,
+        tied=False, latent_rank=512,
+    ),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,29 +82,28 @@ def needs_row(name: str) -> dict[str, Any]:
     Args:
         name: of SHAPES.
     """
-    layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary, tied = SHAPES[name]
-    latent_rank, rope_dim = SIZES[name]
+    shape = SHAPES[name]
     config = ICConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
         q_lora_rank=None,
-        kv_lora_rank=latent_rank,
-        qk_nope_head_dim=head_dim,
-        qk_rope_head_dim=rope_dim,
-        v_head_dim=head_dim,
-        tie_word_embeddings=tied,
+        kv_lora_rank=shape.latent_rank,
+        qk_nope_head_dim=shape.head_dim,
+        qk_rope_head_dim=shape.rope_dim,
+        v_head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
     )
-    needs = conversion_needs(config, kv_heads=kv_heads, sizes=WindowSizes(), dtype_bytes=BFLOAT16_BYTES)
+    needs = conversion_needs(config, kv_heads=shape.kv_heads, sizes=WindowSizes(), dtype_bytes=BFLOAT16_BYTES)
     return {
         "shape_of": name,
-        "kv_lora_rank": latent_rank,
-        "qk_rope_head_dim": rope_dim,
+        "kv_lora_rank": shape.latent_rank,
+        "qk_rope_head_dim": shape.rope_dim,
         "parameters": parameter_count(config),
         "kv_numbers_per_token": kv_numbers_per_token(config),
-        "source_kv_numbers_per_token": layers * 2 * kv_heads * head_dim,
+        "source_kv_numbers_per_token": shape.layers * 2 * shape.kv_heads * shape.head_dim,
         "needs_memory_bytes": needs.memory_bytes,
         "needs_workspace_bytes": needs.workspace_bytes,
         "checkpoint_bytes": needs.checkpoint_bytes,

@@ -1,4 +1,4 @@
-"""What preference training does for a model, from pairs to the table: one command, which goes on where it stopped.
+"""What preference training does for a model, from pairs to the table, in one command.
 
     python -m bench.cases.preference_training --model ic-nano --work WORK --lengths 4k,32k,128k
     python -m bench.cases.preference_training --work WORK --flags "--learning_rate 2e-5" --flags "--beta 0.5"
@@ -7,11 +7,15 @@ It makes pairs with the model's own wrong answers (`ic-train data preferences`),
 (`ic_train.dpo`), and asks each trained model some questions at the shortest length. The one that gives most right
 answers without losing text (`--most-perplexity`) is evaluated in full beside the model before training, with other
 questions than those that chose it. The result has its counts; its rows say what the others had (`screened`).
+
+The commands themselves go on where they were killed, and refuse a folder of other settings: give those another
+`--work`. Further `--flags` and another recipe are new runs beside those that are there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -31,8 +35,8 @@ from bench.cases.preferences import TOPIC, compared
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "packages" / "ic-train" / "recipes" / "ic-nano" / "dpo.yaml"
 TASKS = "niah,distractors,corrections,absent"
-# other questions than those of the result
-SCREEN_SEED = 7000
+# from --seed: other questions than those of the result
+SCREEN_SEED_STEP = 1_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,30 +60,31 @@ def run(options: argparse.Namespace) -> Path:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     model = checkpoint_folder(options.model)
+    if not options.recipe.is_file():
+        raise ValueError(f"--recipe is {str(options.recipe)!r}; give a recipe of ic_train.dpo")
     shortest = min(parse_lengths(options.lengths))
     settings = options.flags or [""]
     pairs = ["data", "preferences", work / "pairs", "--model", model, "--device", options.device]
     pairs += ["--dtype", options.dtype, "--kinds", options.kinds, "--lengths", options.pair_lengths]
     pairs += ["--short-tokens", options.short_tokens, "--pairs", options.pairs]
-    _ic_train(*pairs, done=work / "pairs" / "preferences.json")
+    _ic_train(*pairs)
     before = work / "before"
     _evaluate(options, model, before / "screen", lengths=str(shortest), screen=True)
+    runs = [_train(options, model, flags) for flags in settings]
     screened: list[dict[str, Any]] = []
-    for number, flags in enumerate(settings):
-        trained = work / f"trained-{number}"
-        _train(options, model, trained, flags)
+    for flags, trained in zip(settings, runs, strict=True):
         _evaluate(options, trained, trained / "screen", lengths=str(shortest), screen=True)
         screened.append({"flags": flags, **_screened(before / "screen", trained / "screen")})
         print(json.dumps(screened[-1]), flush=True)
     chosen = choose(screened, options.most_perplexity)
-    for name, one in (("before", model), (f"trained-{chosen}", work / f"trained-{chosen}")):
-        _evaluate(options, one, work / name / "evaluation", lengths=options.lengths, screen=False)
-    trained = work / f"trained-{chosen}"
+    trained = runs[chosen]
+    for one, folder in ((model, before), (trained, trained)):
+        _evaluate(options, one, folder / "evaluation", lengths=options.lengths, screen=False)
     rows = compared([before / "evaluation"], [trained / "evaluation"], trained)
     found = {"training_flags": settings[chosen], "screened": screened}
-    folder = new_result_folder(options.results, TOPIC)
-    write_result(folder, TOPIC, [{**row, **found} for row in rows], seed=options.seed)
-    return folder
+    result = new_result_folder(options.results, TOPIC)
+    write_result(result, TOPIC, [{**row, **found} for row in rows], seed=options.seed)
+    return result
 
 
 def choose(screened: Sequence[dict[str, Any]], most_perplexity: float) -> int:
@@ -100,7 +105,7 @@ def _screened(before: Path, after: Path) -> dict[str, Any]:
     for place, folder in (("before", before), ("after", after)):
         rows = read_report(folder)
         counts[f"right_{place}"] = sum(row["correct"] for row in rows if row["task"] != "perplexity")
-        # of the longest stretch, which reads what the others read, too
+        # of the last stretch of the longest context
         counts[f"perplexity_{place}"] = [row["perplexity"] for row in rows if row["task"] == "perplexity"][-1]
     return counts | {"perplexity_ratio": counts["perplexity_after"] / counts["perplexity_before"]}
 
@@ -110,15 +115,12 @@ def _evaluate(options: argparse.Namespace, model: Path, out: Path, *, lengths: s
     words += ["--device", options.device, "--dtype", options.dtype]
     words += ["--questions", options.screen_questions if screen else options.questions]
     words += ["--keys-per-context", options.keys_per_context]
-    words += ["--seed", SCREEN_SEED if screen else options.seed]
-    _ic_train(*words, done=out / "report.json")
+    words += ["--seed", options.seed + (SCREEN_SEED_STEP if screen else 0)]
+    _ic_train(*words)
 
 
-def _ic_train(*words: Any, done: Path) -> None:
-    """Run a command of `ic-train` in this process, unless it has left what it leaves when it is done."""
-    if done.is_file():
-        print(f"there already: {done}", flush=True)
-        return
+def _ic_train(*words: Any) -> None:
+    """Run a command of `ic-train` in this process."""
     command = [str(word) for word in words]
     print(f"ic-train {shlex.join(command)}", flush=True)
     started = time.monotonic()
@@ -127,10 +129,13 @@ def _ic_train(*words: Any, done: Path) -> None:
     print(f"took {time.monotonic() - started:.0f} s", flush=True)
 
 
-def _train(options: argparse.Namespace, model: Path, out: Path, flags: str) -> None:
+def _train(options: argparse.Namespace, model: Path, flags: str) -> Path:
+    """The trained model's folder, which is named by what was asked for."""
+    asked = json.dumps([flags, options.recipe.read_text(), options.text, options.device])
+    out = options.work / f"trained-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if (out / "training.json").is_file():
-        print(f"there already: {out}", flush=True)
-        return
+        print(f"there already: {out} ({flags})", flush=True)
+        return out
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
     on_gpu = options.device.startswith("cuda")
@@ -146,6 +151,7 @@ def _train(options: argparse.Namespace, model: Path, out: Path, flags: str) -> N
     print(shlex.join(command[3:]), flush=True)
     if status := subprocess.run(command, check=False).returncode:
         raise ValueError(f"training with {flags!r} failed with status {status}; what it said is above")
+    return out
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("served")
     vllm = str(Path(sys.executable).with_name("vllm"))
     words = [vllm, "serve", str(smollm2.checkpoint()), "--host", "127.0.0.1", "--port", "{port}"]
-    # eager: compiling takes a minute
+    # eager: compiling takes a minute; float32: bfloat16 is slow where the processor has no instructions for it
     words += ["--enforce-eager", "--max-model-len", "4096", "--dtype", "float32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -1,6 +1,7 @@
 """Every place where the package leans on something in vLLM that may move."""
 
 import importlib.metadata
+import inspect
 import json
 import subprocess
 import sys
@@ -21,6 +22,14 @@ def test_symbol_is_where_it_is_expected(name):
     module, why = compat.SYMBOLS[name]
     assert hasattr(importlib.import_module(module), name), why
     assert getattr(compat, name) is not None
+
+
+def test_the_operator_for_weights_of_4_bits_is_the_one_that_vllm_calls():
+    # under another name it would seem to be missing everywhere; the wrapper is there on every processor
+    module = importlib.import_module("vllm.model_executor.kernels.linear.mixed_precision.cpu")
+    assert f"ops.{compat.CPU_KERNEL_OF_4_BITS}(" in Path(module.__file__).read_text()
+    wrapper = getattr(importlib.import_module("vllm._custom_ops"), compat.CPU_KERNEL_OF_4_BITS)
+    assert f"torch.ops._C.{compat.CPU_KERNEL_OF_4_BITS}(" in inspect.getsource(wrapper)
 
 
 def test_an_unknown_symbol_is_an_attribute_error():

@@ -34,6 +34,9 @@ CPU_FROM = (0, 32)
 # on a CPU for other models. Prefix caching reuses whole pages.
 CPU_PAGE_TOKENS = 128
 
+# vLLM's operator for weights of 4 bits on a CPU
+CPU_KERNEL_OF_4_BITS = "cpu_gemm_wna16"
+
 # name here: (module, why it is needed)
 SYMBOLS: dict[str, tuple[str, str]] = {
     "AttentionBackendEnum": (
@@ -313,6 +316,7 @@ def _config_hook() -> type:
 
         @staticmethod
         def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            """Set what the user did not, in place; a ValueError says what cannot be served."""
             if is_cpu():
                 from ic_vllm_plugin.cpu_defaults import apply_cpu_defaults
 
@@ -325,15 +329,19 @@ def _config_hook() -> type:
     return InfiniteContextConfigHook
 
 
-def has_cpu_kernel_of_4_bits() -> bool:
-    """Whether vLLM's build for this processor multiplies by weights of 4 bits; the one without AVX-512 does not.
+def lacks_cpu_kernel_of_4_bits() -> bool:
+    """Whether this is an x86 processor without AVX-512: vLLM's build for it cannot multiply by weights of 4 bits.
 
-    vLLM takes its only such kernel without asking, and fails in the first step with an AttributeError.
+    vLLM takes its only such kernel without asking, and fails in the first step with an AttributeError. Other
+    architectures have kernels of their own.
     """
     import torch
+    from vllm.platforms import CpuArchEnum, current_platform
 
+    # loads the build for this processor
     importlib.import_module("vllm._custom_ops")
-    return hasattr(torch.ops._C, "cpu_gemm_wna16")
+    x86 = current_platform.get_cpu_architecture() == CpuArchEnum.X86
+    return x86 and not hasattr(torch.ops._C, CPU_KERNEL_OF_4_BITS)
 
 
 def _keep_scheduling_on_cpu() -> None:
@@ -355,6 +363,7 @@ def _keep_scheduling_on_cpu() -> None:
 
     @functools.wraps(original)
     def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+        """vLLM's, after which our architecture gets back what it had been configured with."""
         model_config = vllm_config.model_config
         if model_config is None or model_config.architecture != ARCHITECTURE:
             original(cls, vllm_config)

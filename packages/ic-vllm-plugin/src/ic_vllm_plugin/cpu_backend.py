@@ -132,6 +132,7 @@ class CPULatentMetadataBuilder(compat.AttentionMetadataBuilder):
         lengths = common.seq_lens.tolist()
 
         def paged_requests(first: int, last: int, token_offset: int) -> list[PagedRequest]:
+            """Requests `[first, last)` of the batch; their query slices count from a token of it."""
             return [
                 PagedRequest(
                     slice(starts[i] - token_offset, starts[i + 1] - token_offset),

@@ -112,11 +112,11 @@ def apply_cpu_defaults(vllm_config: VllmConfig) -> None:
             f"vLLM {version} cannot serve MLA on a CPU; install vLLM {'.'.join(map(str, compat.CPU_FROM))}"
         )
     quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
-    if 4 in weight_bits(quantization) and not compat.has_cpu_kernel_of_4_bits():
+    if 4 in weight_bits(quantization) and compat.lacks_cpu_kernel_of_4_bits():
         raise ValueError(
             f"{vllm_config.model_config.model} has weights of 4 bits (quant_method "
-            f"{quantization.get('quant_method')!r}), for which vLLM {version} has kernels on processors with "
-            "AVX-512 alone; this one has none. Serve the checkpoint that it was made of, or take another machine."
+            f"{quantization.get('quant_method')!r}), for which vLLM {version} has no kernel on an x86 processor "
+            "without AVX-512, as this one is. Serve the checkpoint that it was made of, or take another machine."
         )
     if _usable_cores() <= FEW_CORES:
         # vLLM keeps one core free of its worker: of two, that is half of the machine, for a scheduler
