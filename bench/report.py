@@ -332,25 +332,41 @@ def preferences_table(rows: Sequence[Row]) -> str:
 
 
 def training_table(rows: Sequence[Row]) -> str:
-    """Speed, MFU, utilisation and memory of the trainer, a line per model, length and implementation."""
-    newest = {
-        tuple(row[field] for field in ("model", "tokens_per_sequence", "gpus", "ring", "impl", "gpu")): row
-        for row in rows
-    }
+    """Speed, MFU, utilisation and memory of the trainer, a line per model, length, batch and implementation."""
+    named = ("model", "tokens_per_sequence", "gpus", "ring", "impl", "gpu")
+    newest = {(*(row[field] for field in named), _batch(row), _recomputes(row)): row for row in rows}
     lines = [
-        "| model | sequence, tokens | GPUs, ring | by | tokens/s | MFU | GPU busy | peak, GiB | device | result |",
-        "|---|---:|---|---|---:|---:|---:|---:|---|---|",
+        (
+            "| model | sequence, tokens | per GPU and step | GPUs, ring | by | tokens/s | MFU | GPU busy "
+            "| peak, GiB | device | result |"
+        ),
+        "|---|---:|---|---|---|---:|---:|---:|---:|---|---|",
     ]
-    for row in sorted(
-        newest.values(), key=lambda row: (row["model"], row["tokens_per_sequence"], row["impl"])
-    ):
+    order = ("model", "tokens_per_sequence", "impl")
+    for row in sorted(newest.values(), key=lambda row: (*(row[field] for field in order), _batch(row))):
         busy = f"{row['gpu_util']:.1%}" if "gpu_util" in row else "-"
+        batch = f"{_batch(row)}{', recomputed' if _recomputes(row) else ''}"
         lines.append(
-            f"| {row['model']} | {row['tokens_per_sequence']:,} | {row['gpus']}, {row['ring']} | `{row['impl']}` "
-            f"| {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} | {busy} | {row['peak_gib']:.1f} | {row['gpu']} "
-            f"| `{row['result']}` |"
+            f"| {row['model']} | {row['tokens_per_sequence']:,} | {batch} | {row['gpus']}, {row['ring']} "
+            f"| `{row['impl']}` | {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} | {busy} | {row['peak_gib']:.1f} "
+            f"| {row['gpu']} | `{row['result']}` |"
         )
     return "\n".join(lines)
+
+
+def _batch(row: Row) -> int:
+    """Sequences per GPU and step of the optimiser."""
+    return int(_flag(row, "per_device_train_batch_size")) * int(_flag(row, "gradient_accumulation_steps"))
+
+
+def _recomputes(row: Row) -> bool:
+    return _flag(row, "gradient_checkpointing") == "true"
+
+
+def _flag(row: Row, name: str) -> str:
+    """A flag's value in the trainer's command: the last one holds; transformers' default otherwise."""
+    values = re.findall(rf"--{name} (\S+)", row["flags"])
+    return values[-1] if values else {"gradient_checkpointing": "false"}.get(name, "1")
 
 
 # name in the mark: (fields that its rows have, the table)
@@ -366,7 +382,7 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "conversion-needs": (frozenset({"shape_of", "needs_memory_bytes"}), conversion_needs_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
-    "training": (frozenset({"tokens_per_sequence", "impl", "ring", "mfu"}), training_table),
+    "training": (frozenset({"tokens_per_sequence", "impl", "ring", "mfu", "flags"}), training_table),
     **SERVING_TABLES,
 }
 

@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -71,6 +72,7 @@ class Server:
         executable: the `vllm` script; by default the one beside this Python.
         keep_log: keep the log file also when nothing failed.
         stop_grace_s: seconds between asking it to end and ending it; None for STOP_GRACE_S.
+        flags: more of `vllm serve`.
     """
 
     def __init__(
@@ -81,10 +83,12 @@ class Server:
         executable: Path | None = None,
         keep_log: bool = False,
         stop_grace_s: float | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         self.port = choose_port(port)
         self.command = [
             str(executable or vllm_executable()), "serve", str(model), "--host", HOST, "--port", str(self.port),
+            *flags,
         ]  # fmt: skip
         self.keep_log = keep_log
         self.stop_grace_s = STOP_GRACE_S if stop_grace_s is None else stop_grace_s

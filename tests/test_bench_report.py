@@ -88,15 +88,21 @@ def test_training_table():
     row = {
         "model": "ic-1b", "tokens_per_sequence": 8192, "gpus": 1, "ring": 1, "impl": "ours",
         "tokens_per_s": 33_537.7, "mfu": 0.3647, "gpu_util": 0.983, "peak_gib": 51.66,
-        "gpu": "NVIDIA H100", "result": "old",
+        "gpu": "NVIDIA H100", "result": "old", "flags": "--per_device_train_batch_size 2 --bf16 true",
     }  # fmt: skip
-    failed = {name: row[name] for name in ("model", "tokens_per_sequence", "gpus", "ring", "gpu", "result")}
+    failed = {
+        name: row[name] for name in ("model", "tokens_per_sequence", "gpus", "ring", "gpu", "result", "flags")
+    }
+    # the last flag holds
+    more = " --per_device_train_batch_size 3 --gradient_accumulation_steps 4 --gradient_checkpointing true"
     rows = [
         row,
         {**row, "result": "new"},
+        {**row, "flags": row["flags"] + more, "result": "x"},
         {**row, "gpus": 2},
         {**failed, "impl": "torch", "error": "no memory"},
     ]
     assert _table("training gpus=1", rows)[2:] == [
-        "| ic-1b | 8,192 | 1, 1 | `ours` | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `new` |"
+        "| ic-1b | 8,192 | 2 | 1, 1 | `ours` | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `new` |",
+        "| ic-1b | 8,192 | 12, recomputed | 1, 1 | `ours` | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `x` |",
     ]

@@ -3,7 +3,8 @@
     python -m bench.cases.conversion_chat source=SmolLM2-135M-Instruct healed=work/128-64-healed
 
 Each checkpoint is served in turn, by the `vllm` beside this Python and with the plugin; answers are greedy, so
-that they can be repeated. They are printed in full, and committed as a result.
+that they can be repeated. They are printed in full, and committed as a result. Words after `--` go to
+`vllm serve`: `-- --gpu-memory-utilization 0.4` where something else runs on the GPU.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ REQUEST_TIMEOUT_S = 300.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve, ask, print and write the result."""
     parser = argparse.ArgumentParser(prog="python -m bench.cases.conversion_chat", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="checkpoints, each with its name")
     parser.add_argument(
         "--max-tokens", type=int, default=160, metavar="N", help="of an answer (default: 160)"
@@ -49,12 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--timeout", type=float, default=600, metavar="S", help="for a server to start (default: 600)"
     )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)
+    options, flags = parser.parse_args(given[:end]), given[end + 1 :]
     try:
         named = [_named(text) for text in options.models]
-        rows = [row for name, path in named for row in ask(name, path, options.max_tokens, options.timeout)]
-        folder = new_result_folder(options.results, TOPIC)
-        write_result(folder, TOPIC, rows)
+        rows: list[dict[str, Any]] = []
+        folder = None
+        for name, path in named:
+            rows += ask(name, path, options.max_tokens, options.timeout, flags)
+            folder = folder or new_result_folder(options.results, TOPIC)
+            # after every model: what was answered stays, whatever comes
+            write_result(folder, TOPIC, rows)
     except (ValueError, ServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def ask(name: str, checkpoint: Path, max_tokens: int, timeout_s: float) -> list[dict[str, Any]]:
+def ask(
+    name: str, checkpoint: Path, max_tokens: int, timeout_s: float, flags: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Serve a checkpoint and ask it all questions, one after the other.
 
     Args:
@@ -71,6 +81,7 @@ def ask(name: str, checkpoint: Path, max_tokens: int, timeout_s: float) -> list[
         checkpoint: its folder.
         max_tokens: of an answer.
         timeout_s: for the server to start.
+        flags: more of `vllm serve`.
 
     Returns:
         a row per question.
@@ -78,7 +89,7 @@ def ask(name: str, checkpoint: Path, max_tokens: int, timeout_s: float) -> list[
     Raises:
         ServerError: the server did not start.
     """
-    with Server(checkpoint) as server:
+    with Server(checkpoint, flags=flags) as server:
         server.wait_until_healthy(timeout_s, Progress())
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S)
         served = client.models.list().data[0].id

@@ -202,7 +202,7 @@ def write_questions(wordnet: Path, target: Path, *, number: int = QUESTIONS, see
                 gloss=drawn.choice(glosses),
             )
             body = {"model": "source", "messages": [{"role": "user", "content": question}]}
-            body |= {"max_tokens": 256, "temperature": 0.8, "top_p": 0.95, "seed": place}
+            body |= {"max_tokens": 256, "temperature": 0.8, "top_p": 0.95}
             request = {"custom_id": str(place), "method": "POST", "url": "/v1/chat/completions", "body": body}
             out.write(json.dumps(request) + "\n")
 

@@ -67,9 +67,10 @@ def run(options: argparse.Namespace) -> Path:
     pairs = ["data", "preferences", work / "pairs", "--model", model, "--device", options.device]
     pairs += ["--dtype", options.dtype, "--kinds", options.kinds, "--lengths", options.pair_lengths]
     pairs += ["--short-tokens", options.short_tokens, "--pairs", options.pairs]
-    _ic_train(*pairs)
     before = work / "before"
+    # first: lengths too short for the questions end it here, not after hours
     _evaluate(options, model, before / "screen", lengths=str(shortest), screen=True)
+    _ic_train(*pairs)
     runs = [_train(options, model, flags) for flags in settings]
     screened: list[dict[str, Any]] = []
     for flags, trained in zip(settings, runs, strict=True):
@@ -179,7 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--lengths", default="4k,32k,128k", metavar="N,N", help="of evaluation (default: 4k,32k,128k)")
     add("--questions", type=int, default=200, metavar="N", help="per task and length (default: 200)")
     add(
-        "--keys-per-context", type=int, default=50, metavar="N", help="questions of one context (default: 50)"
+        "--keys-per-context",
+        type=int,
+        default=40,
+        metavar="N",
+        help="questions of one context (default: 40, as many as ic-nano's bytes have room for at 4k)",
     )
     add("--screen-questions", type=int, default=100, metavar="N", help="per task, to choose (default: 100)")
     add(

@@ -69,6 +69,18 @@ def test_a_size_that_fails_is_named_with_its_log(root: Path, capsys: pytest.Capt
     assert str(root / "work" / "16-8.log") in said
 
 
+def test_what_the_others_measured_stays_when_a_size_fails(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "work" / "passkeys-14-8.json").write_text("{")
+    keys = ("--passkey-tokens", "384", "--passkey-contexts", "1", "--passkey-stages", "converted")
+    assert cli.main(command_of(root, *keys, "--pairs", "14:8", "16:8", "--at-once", "2")) == 2
+    assert "14-8 failed with status 2" in capsys.readouterr().err
+    rows = result_of(root, -1)
+    assert {row.get("kv_lora_rank") for row in rows if row.get("stage") == "converted"} == {16}
+    assert [row["model"] for row in rows if row.get("task") == "passkey"] == ["source 16+8"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,8 @@ def add_convert_table(commands: Any) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="sizes healed and asked at a time, each by a process with its log in WORK (default: 1)",
+        help="sizes healed and asked at a time, each by a process with its log in WORK; "
+        "the result has those that have ended (default: 1)",
     )
     add(
         "--passkey-tokens",
@@ -121,56 +124,105 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--at-once is {options.at_once}; it must be at least 1")
     options.work.mkdir(parents=True, exist_ok=True)
     source = open_source(options.source)
-    if options.at_once > 1:
-        _side_by_side(options, source, list(zip(pairs, seconds, rates, strict=True)))
-    folder = new_result_folder(options.results, TOPIC)
-    rows: list[Row] = []
-
-    def add(new: list[Row]) -> None:
-        rows.extend(new)
-        # after every step: healing takes long, and what was measured stays
-        write_result(folder, TOPIC, rows, seed=options.seed)
-        for row in new:
-            print(_line(row), flush=True)
-
     windows = choose_windows(source.tokenizer, options.calibration, options.held_out, window_sizes(options))
-    asked = options.passkey_stages if options.passkey_tokens else []
-    if "source" in asked:
-        add(_passkey(options, _lossless(options, source), source.name))
-    for (rank, rope), heal_seconds, rate in zip(pairs, seconds, rates, strict=True):
-        out = options.work / f"{rank}-{rope}"
-        record = _converted(options, out, ConversionOptions(kv_lora_rank=rank, qk_rope_head_dim=rope))
-        if not any(row.get("stage") == "source" for row in rows):
-            add([_source_row(source, record)])
-        add(_rows(source, record))
-        if "converted" in asked:
-            add(_passkey(options, out, source.name, f"{rank}+{rope}"))
-        if options.heal_config:
-            healed = _heal(options, out, heal_seconds, rate)
-            add([_healed_row(options, source, record, healed, windows)])
-            if "healed" in asked:
-                add(_passkey(options, healed, source.name, f"{rank}+{rope} healed"))
-    print(f"written: {folder}")
+    sizes = [_Size(*pair, *others) for *others, pair in zip(seconds, rates, pairs, strict=True)]
+    table = _Table(options.results, options.seed)
+    if options.at_once > 1:
+        _side_by_side(options, source, windows, sizes, table)
+    else:
+        _ask_source(options, source, table)
+        for size in sizes:
+            _measure(options, source, windows, size, table)
+    print(f"written: {table.folder}")
     return 0
 
 
-def _side_by_side(options: argparse.Namespace, source: Source, sizes: list[tuple[Any, float, Any]]) -> None:
-    """Leave everything in WORK: each size is handed to a process of its own as soon as it is converted.
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """One size of the latent row, and how its model is healed."""
+
+    rank: int
+    rope: int
+    seconds: float
+    rate: float | None
+
+    @property
+    def wanted(self) -> ConversionOptions:
+        return ConversionOptions(kv_lora_rank=self.rank, qk_rope_head_dim=self.rope)
+
+
+@dataclass(slots=True)
+class _Table:
+    """Rows of the result, written and printed with every step: healing takes long, and what was measured stays."""
+
+    results: Path
+    seed: int
+    folder: Path | None = None
+    source: list[Row] = field(default_factory=list)
+    sizes: list[Row] = field(default_factory=list)
+
+    def add(self, rows: list[Row], *, of_source: bool = False) -> None:
+        """Rows of the source stand before those of the sizes."""
+        (self.source if of_source else self.sizes).extend(rows)
+        self.folder = self.folder or new_result_folder(self.results, TOPIC)
+        write_result(self.folder, TOPIC, [*self.source, *self.sizes], seed=self.seed)
+        for row in rows:
+            print(_line(row), flush=True)
+
+
+def _ask_source(options: argparse.Namespace, source: Source, table: _Table) -> None:
+    if options.passkey_tokens and "source" in options.passkey_stages:
+        table.add(_passkey(options, _lossless(options, source), source.name), of_source=True)
+
+
+def _measure(
+    options: argparse.Namespace, source: Source, windows: Windows, size: _Size, table: _Table
+) -> None:
+    """Convert, heal and ask one size; what is in WORK already is read."""
+    asked = options.passkey_stages if options.passkey_tokens else []
+    out = _folder(options, size)
+    record = _converted(options, out, size.wanted)
+    if not any(row.get("stage") == "source" for row in table.source):
+        table.add([_source_row(source, record)], of_source=True)
+    table.add(_rows(source, record))
+    name = f"{size.rank}+{size.rope}"
+    if "converted" in asked:
+        table.add(_passkey(options, out, source.name, name))
+    if options.heal_config:
+        healed = _heal(options, out, size)
+        table.add([_healed_row(options, source, record, healed, windows)])
+        if "healed" in asked:
+            table.add(_passkey(options, healed, source.name, f"{name} healed"))
+
+
+def _folder(options: argparse.Namespace, size: _Size) -> Path:
+    return options.work / f"{size.rank}-{size.rope}"
+
+
+def _side_by_side(
+    options: argparse.Namespace, source: Source, windows: Windows, sizes: list[_Size], table: _Table
+) -> None:
+    """Each size is handed to a process of its own as soon as it is converted, and added when that has ended.
 
     Raises:
         ValueError: one of them failed, when all have ended.
     """
+    errors = []
     with ThreadPoolExecutor(options.at_once) as pool:
-        jobs = []
-        for (rank, rope), seconds, rate in sizes:
-            wanted = ConversionOptions(kv_lora_rank=rank, qk_rope_head_dim=rope)
-            _converted(options, options.work / f"{rank}-{rope}", wanted)
-            log = options.work / f"{rank}-{rope}.log"
-            jobs.append(pool.submit(_alone, _words(options, f"{rank}:{rope}", seconds, rate), log))
-        if options.passkey_tokens and "source" in options.passkey_stages:
-            _passkey(options, _lossless(options, source), source.name)
-    for job in jobs:
-        job.result()
+        jobs = {}
+        for size in sizes:
+            _converted(options, _folder(options, size), size.wanted)
+            jobs[pool.submit(_alone, _words(options, size), _folder(options, size).with_suffix(".log"))] = (
+                size
+            )
+        _ask_source(options, source, table)
+        for job in as_completed(jobs):
+            if error := job.exception():
+                errors.append(error)
+                continue
+            _measure(options, source, windows, jobs[job], table)
+    if errors:
+        raise errors[0]
 
 
 def _alone(command: list[str], log: Path) -> None:
@@ -185,7 +237,7 @@ def _alone(command: list[str], log: Path) -> None:
     print(f"ended: {log}", flush=True)
 
 
-def _words(options: argparse.Namespace, pair: str, seconds: float, rate: float | None) -> list[str]:
+def _words(options: argparse.Namespace, size: _Size) -> list[str]:
     """The command for one size, which leaves its result in WORK."""
     stages = [stage for stage in options.passkey_stages if stage != "source"]
     lists = {
@@ -195,14 +247,15 @@ def _words(options: argparse.Namespace, pair: str, seconds: float, rate: float |
         "--calibration": options.calibration,
         "--held-out": options.held_out,
         "--heal-config": [options.heal_config] if options.heal_config else [],
-        "--heal-learning-rates": [] if rate is None else [rate],
+        "--heal-learning-rates": [] if size.rate is None else [size.rate],
     }
     names = "passkey_contexts passkey_keys calibration_samples calibration_tokens evaluation_samples"
     numbers = {
         name: getattr(options, name) for name in (*names.split(), "evaluation_tokens", "seed", "device")
     }
     words = [sys.executable, "-m", "ic_train.cli", "convert-table", options.source, options.work]
-    words += ["--pairs", pair, "--heal-seconds", seconds, "--results", options.work / "results"]
+    words += ["--pairs", f"{size.rank}:{size.rope}", "--heal-seconds", size.seconds]
+    words += ["--results", options.work / "results"]
     words += [word for name, values in lists.items() if values for word in (name, *values)]
     words += [word for name, value in numbers.items() for word in (f"--{name.replace('_', '-')}", value)]
     return [str(word) for word in words]
@@ -291,7 +344,7 @@ def _sizes(source: Source, record: Row) -> Row:
     }
 
 
-def _heal(options: argparse.Namespace, converted: Path, seconds: float, rate: float | None) -> Path:
+def _heal(options: argparse.Namespace, converted: Path, size: _Size) -> Path:
     healed = converted.with_name(f"{converted.name}-healed")
     if (healed / "training.json").is_file():
         return healed
@@ -299,8 +352,8 @@ def _heal(options: argparse.Namespace, converted: Path, seconds: float, rate: fl
     command += ["--cpu"] if options.device == "cpu" else []
     command += ["-m", "ic_train.heal", "--config", str(options.heal_config), "--model", str(converted)]
     command += ["--teacher", str(options.source), "--output_dir", str(healed)]
-    command += [] if rate is None else ["--learning_rate", str(rate)]
-    command += ["--max_seconds", str(seconds), "--corpora", *options.corpora]
+    command += [] if size.rate is None else ["--learning_rate", str(size.rate)]
+    command += ["--max_seconds", str(size.seconds), "--corpora", *options.corpora]
     finished = subprocess.run(command, check=False)
     if finished.returncode:
         raise ValueError(
@@ -313,7 +366,7 @@ def _healed_row(
     options: argparse.Namespace, source: Source, record: Row, healed: Path, windows: Windows
 ) -> Row:
     training = json.loads((healed / "training.json").read_text())
-    value = measured_perplexity(healed, windows.evaluation, options.device)
+    value = _healed_perplexity(healed, windows.evaluation, options.device)
     return _sizes(source, record) | {
         "stage": "healed",
         "perplexity": value,
@@ -324,6 +377,18 @@ def _healed_row(
         "gpu": training["gpu"],
         "loss_log": [line for line in training["log"] if "loss" in line],
     }
+
+
+def _healed_perplexity(healed: Path, token_ids: torch.Tensor, device: str) -> float:
+    """Measured once for a training and a text."""
+    asked = hashlib.sha256((healed / "training.json").read_bytes() + token_ids.cpu().numpy().tobytes())
+    file = healed / "perplexity.json"
+    known: Row = json.loads(file.read_text()) if file.is_file() else {}
+    if known.get("of") != asked.hexdigest():
+        value = measured_perplexity(healed, token_ids, device)
+        known = {"of": asked.hexdigest(), "perplexity": value, "gpu": device_name()}
+        file.write_text(json.dumps(known) + "\n")
+    return known["perplexity"]
 
 
 def measured_perplexity(checkpoint: Path, token_ids: torch.Tensor, device: str) -> float:
