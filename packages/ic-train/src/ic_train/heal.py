@@ -188,14 +188,7 @@ def load_teacher(arguments: HealArguments, model: ICForCausalLM) -> PreTrainedMo
     Raises:
         ValueError: it cannot be read, or does not fit the student.
     """
-    path = Path(arguments.teacher)
-    try:
-        if path.is_file():
-            teacher = _gguf_teacher(path)
-        else:
-            teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"teacher {path} cannot be read: {str(error).splitlines()[0]}") from None
+    teacher = load_source_model(Path(arguments.teacher))
     own, other = model.config, teacher.config
     if own.vocab_size != other.vocab_size:
         raise ValueError(
@@ -211,7 +204,21 @@ def load_teacher(arguments: HealArguments, model: ICForCausalLM) -> PreTrainedMo
     return teacher.eval().requires_grad_(False)
 
 
-def _gguf_teacher(path: Path) -> PreTrainedModel:
+def load_source_model(path: Path) -> PreTrainedModel:
+    """What a model was converted from, in bfloat16: a Hugging Face folder or a GGUF file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        if path.is_file():
+            return _gguf_model(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"teacher {path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _gguf_model(path: Path) -> PreTrainedModel:
     """A source that is a GGUF file, dequantised by the reader that the conversion uses."""
     from ic_train.convert.source import open_source
 
