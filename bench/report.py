@@ -331,6 +331,27 @@ def preferences_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def engines_table(rows: Sequence[Row]) -> str:
+    """The same questions in transformers and behind a server: right answers of both, and where they differ."""
+    key = ("model", "engine", "task", "context_tokens", "gpu")
+    newest = {tuple(row[field] for field in key): row for row in rows}
+    lines = [
+        (
+            "| model | task | context, tokens | right in process | right behind a server | only one of them "
+            "| same text | server | device | result |"
+        ),
+        "|---|---|---:|---:|---:|---|---|---|---|---|",
+    ]
+    for row in sorted(newest.values(), key=lambda row: (row["model"], row["task"], row["context_tokens"])):
+        asked = row["asked"]
+        lines.append(
+            f"| {row['model']} | {row['task']} | {row['context_tokens']:,} | {row['right_process']} of {asked} "
+            f"| {row['right_server']} of {asked} | {row['only_process']}, {row['only_server']} "
+            f"| {row['same_text']} of {asked} | {row['engine']} | {row['gpu']} | `{row['result']}` |"
+        )
+    return "\n".join(lines)
+
+
 def training_table(rows: Sequence[Row]) -> str:
     """Speed, MFU, utilisation and memory of the trainer, a line per model, length, batch and implementation."""
     named = ("model", "tokens_per_sequence", "gpus", "ring", "impl", "gpu")
@@ -382,6 +403,7 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "conversion-needs": (frozenset({"shape_of", "needs_memory_bytes"}), conversion_needs_table),
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
+    "engines": (frozenset({"task", "right_process", "right_server", "same_text"}), engines_table),
     "training": (frozenset({"tokens_per_sequence", "impl", "ring", "mfu", "flags"}), training_table),
     **SERVING_TABLES,
 }

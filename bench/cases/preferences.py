@@ -107,19 +107,34 @@ def _perplexities(first: dict[str, Any], second: dict[str, Any]) -> dict[str, An
 
 
 def _counts(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    return paired_counts(first, second, ("before", "after"))
+
+
+def paired_counts(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> dict[str, Any]:
+    """How many questions both runs got right, and how many each alone.
+
+    Args:
+        first: row of a report, with its samples.
+        second: the same task and length.
+        names: of the two, behind "right_" and "only_".
+
+    Raises:
+        ValueError: they asked different questions.
+    """
     answers = [{sample["id"]: sample for sample in row["samples"]} for row in (first, second)]
     asked = [{name: (one["question"], one["reference"]) for name, one in part.items()} for part in answers]
     if asked[0] != asked[1]:
         raise ValueError(
-            f"{first['task']} at {first['context_tokens']} tokens: --before and --after asked different questions"
+            f"{first['task']} at {first['context_tokens']} tokens: --{names[0]} and --{names[1]} asked "
+            "different questions"
         )
     right = [{name: bool(one["correct"]) for name, one in part.items()} for part in answers]
     return {
         "asked": len(asked[0]),
-        "right_before": sum(right[0].values()),
-        "right_after": sum(right[1].values()),
-        "only_before": sum(right[0][name] and not right[1][name] for name in right[0]),
-        "only_after": sum(right[1][name] and not right[0][name] for name in right[0]),
+        f"right_{names[0]}": sum(right[0].values()),
+        f"right_{names[1]}": sum(right[1].values()),
+        f"only_{names[0]}": sum(right[0][name] and not right[1][name] for name in right[0]),
+        f"only_{names[1]}": sum(right[1][name] and not right[0][name] for name in right[0]),
     }
 
 

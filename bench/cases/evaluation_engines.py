@@ -1,0 +1,98 @@
+"""Whether a model finds the same in process and behind a server: two evaluations as one result, with heat maps.
+
+    ic-train evaluate MODEL --suite niah,distractors --lengths 4k,1M --out runs/process
+    ic-train evaluate --server URL --tokenizer MODEL --suite niah,distractors --lengths 4k,1M --out runs/server
+    python -m bench.cases.evaluation_engines --process runs/process --server runs/server
+
+Rows hold the counts of both, how many questions each of the two alone got right, and how many answers are the
+same text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ic_train.evaluation.report import read_report
+from ic_train.results import new_result_folder, write_result
+
+from bench.cases.preferences import paired_counts
+
+TOPIC = "evaluation-engines"
+PLACES = ("process", "server")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print and write the result."""
+    parser = argparse.ArgumentParser(prog="python -m bench.cases.evaluation_engines", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for place, what in zip(PLACES, ("in this process", "with --server"), strict=True):
+        parser.add_argument(
+            f"--{place}", type=Path, required=True, metavar="DIR", help=f"--out of `ic-train evaluate` {what}"
+        )
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    try:
+        rows = compared(options.process, options.server)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    folder = new_result_folder(options.results, TOPIC)
+    write_result(folder, TOPIC, rows)
+    for place in PLACES:
+        for plot in sorted(getattr(options, place).glob("*.png")):
+            shutil.copyfile(plot, folder / f"{plot.stem}-{place}.png")
+    for row in rows:
+        print(
+            f"{row['task']:12} {row['context_tokens']:>9,} tokens  {row['right_process']:>4} and "
+            f"{row['right_server']:>4} of {row['asked']} right, {row['same_text']} the same text"
+        )
+    print(f"written: {folder}")
+    return 0
+
+
+def compared(process: Path, server: Path) -> list[dict[str, Any]]:
+    """A row per task and length that both have.
+
+    Args:
+        process: folder of an evaluation by transformers.
+        server: the same questions behind a server.
+
+    Raises:
+        ValueError: they asked different questions, or have nothing in common.
+    """
+    found = [
+        {
+            (row["task"], row["context_tokens"]): row
+            for row in read_report(folder)
+            if row["task"] != "perplexity"
+        }
+        for folder in (process, server)
+    ]
+    rows = []
+    for case, first in found[0].items():
+        if (second := found[1].get(case)) is None:
+            continue
+        texts = [{sample["id"]: sample["answer"] for sample in row["samples"]} for row in (first, second)]
+        rows.append(
+            {
+                "model": first["model"],
+                "engine": second["engine"],
+                "dtype_in_process": first["kv_dtype"],
+                "task": case[0],
+                "context_tokens": case[1],
+                **paired_counts(first, second, PLACES),
+                "same_text": sum(text == texts[1][name] for name, text in texts[0].items()),
+            }
+        )
+    if not rows:
+        raise ValueError("--process and --server have no task and length in common")
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The same questions in process and behind a server become one result, and its table."""
+
+import json
+
+import pytest
+
+from bench.cases import evaluation_engines
+from bench.report import engines_table, load_rows
+
+
+def _evaluation(folder, answers, *, context_tokens=4096, question="who?"):
+    samples = [
+        {
+            "id": f"niah-{number}",
+            "question": question,
+            "reference": "1",
+            "answer": answer,
+            "correct": "1" in answer,
+        }
+        for number, answer in enumerate(answers)
+    ]
+    row = {"model": "m", "engine": folder.name, "kv_dtype": "bfloat16", "task": "niah"}
+    row |= {"context_tokens": context_tokens, "correct": 0, "total": len(samples), "samples": samples}
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({"rows": [row, {**row, "task": "perplexity"}]}))
+    (folder / "niah.png").write_bytes(folder.name.encode())
+    return [f"--{folder.name}", str(folder)]
+
+
+def _result(tmp_path, *words):
+    return evaluation_engines.main([*words, "--results", str(tmp_path / "results")])
+
+
+def test_verdicts_and_texts_are_compared_question_by_question(tmp_path, capsys):
+    process = _evaluation(tmp_path / "process", ["1", "1.", "2", "3"])
+    server = _evaluation(tmp_path / "server", ["1", "1!", "1", "3"])
+    assert _result(tmp_path, *process, *server) == 0
+    assert "2 and    3 of 4 right, 2 the same text" in capsys.readouterr().out
+    (row,) = load_rows(tmp_path / "results")
+    assert (row["only_process"], row["only_server"]) == (0, 1)
+    assert "| m | niah | 4,096 | 2 of 4 | 3 of 4 | 0, 1 | 2 of 4 | server |" in engines_table([row])
+    (folder,) = (tmp_path / "results").iterdir()
+    assert (folder / "niah-server.png").read_bytes() == b"server"
+    assert (folder / "niah-process.png").read_bytes() == b"process"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"question": "where?"}, "--process and --server asked different questions"),
+        ({"context_tokens": 8192}, "have no task and length in common"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_and_leaves_nothing(tmp_path, capsys, other, message):
+    words = [*_evaluation(tmp_path / "process", ["1"]), *_evaluation(tmp_path / "server", ["1"], **other)]
+    assert _result(tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
