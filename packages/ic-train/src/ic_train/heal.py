@@ -188,7 +188,10 @@ def load_teacher(arguments: HealArguments, model: ICForCausalLM) -> PreTrainedMo
     Raises:
         ValueError: it cannot be read, or does not fit the student.
     """
-    teacher = load_source_model(Path(arguments.teacher))
+    try:
+        teacher = load_source_model(Path(arguments.teacher))
+    except ValueError as error:
+        raise ValueError(f"teacher {error}") from None
     own, other = model.config, teacher.config
     if own.vocab_size != other.vocab_size:
         raise ValueError(
@@ -215,7 +218,7 @@ def load_source_model(path: Path) -> PreTrainedModel:
             return _gguf_model(path)
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     except (OSError, KeyError) as error:
-        raise ValueError(f"teacher {path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _gguf_model(path: Path) -> PreTrainedModel:

@@ -211,10 +211,10 @@ def _side_by_side(
     with ThreadPoolExecutor(options.at_once) as pool:
         jobs = {}
         for size in sizes:
-            _converted(options, _folder(options, size), size.wanted)
-            jobs[pool.submit(_alone, _words(options, size), _folder(options, size).with_suffix(".log"))] = (
-                size
-            )
+            out = _folder(options, size)
+            _converted(options, out, size.wanted)
+            job = pool.submit(_alone, _words(options, size), out.with_suffix(".log"))
+            jobs[job] = size
         _ask_source(options, source, table)
         for job in as_completed(jobs):
             if error := job.exception():
