@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from converted_models import source_folder, text_file
 
 from bench.cases import conversion_healing
 
@@ -17,10 +18,7 @@ PASSKEYS = "--passkey-tokens 384 --passkey-contexts 1 --passkey-stages healed"
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.syspath_prepend(str(TRAIN_TESTS))
-    from converted_models import source_folder, text_file
-
+def arguments(tmp_path: Path) -> list[str]:
     texts = tmp_path / "texts"
     texts.mkdir()
     packages = ["linux-doc-6.12", "git-doc", "jargon-text"]

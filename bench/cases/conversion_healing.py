@@ -107,6 +107,7 @@ class Run:
             finally:
                 ended.set()
             chat.result()
+        print(f"results: {self.options.results}", flush=True)
 
     def _write_source(self, target: Path) -> None:
         """The folder that vLLM loads, with its tokenizer."""
