@@ -74,3 +74,14 @@ def test_a_step_that_fails_is_named_with_its_log(
 def test_texts_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert conversion_healing.main([sys.prefix, str(tmp_path), str(tmp_path / "work")]) == 2
     assert f"`python -m bench.cases.healing_texts {tmp_path}` makes it" in capsys.readouterr().err
+
+
+def test_requests_that_failed_are_counted(tmp_path: Path) -> None:
+    rows = [
+        {"custom_id": "0", "response": {"status_code": 200, "body": {}}},
+        {"custom_id": "1", "response": {"status_code": 500, "body": None}, "error": {}},
+        {"custom_id": "2", "response": None},
+    ]
+    batch = tmp_path / "batch.jsonl"
+    batch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert conversion_healing.unanswered(batch) == 2

@@ -135,6 +135,9 @@ class Run:
             vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", "-i", asked, "-o", target]
             flags = shlex.split(self.options.vllm_flags)
             self._run("answers", *vllm, "--model", self.model, "--served-model-name", "source", *flags)
+            # it ends with status 0 when its engine has died, too
+            if failed := unanswered(target):
+                raise ValueError(f"{failed} questions have no answer; why is in {self.work / 'answers.log'}")
 
         once(batch, ask)
         join = [sys.executable, "-m", "bench.cases.healing_texts", self.texts, "--answers", batch]
@@ -191,6 +194,12 @@ class Run:
             said = log.read_text().strip().splitlines()[-1:]
             raise ValueError(f"{name} failed with status {status}: {' '.join(said)}; more in {log}")
         print(f"{name}: took {time.monotonic() - started:.0f} s", flush=True)
+
+
+def unanswered(batch: Path) -> int:
+    """Requests without an answer in what `vllm run-batch` wrote."""
+    rows = map(json.loads, batch.read_text().splitlines())
+    return sum((row.get("response") or {}).get("status_code") != 200 for row in rows)
 
 
 def once(target: Path, make: Callable[[Path], None]) -> None:
