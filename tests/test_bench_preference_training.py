@@ -37,6 +37,11 @@ def test_pairs_training_and_evaluations_become_one_result(tmp_path, capfd):
     assert said.out.count("there already") == 1
     assert "training with '--objective other' failed with status 1" in said.err
     assert len(load_rows(tmp_path / "results")) == len(rows)
+    # beside each other, what failed says where its words are
+    assert preference_training.main([*words, "--at-once", "2", "--pair-lengths", "nonsense"]) == 2
+    log = tmp_path / "work" / "pairs.log"
+    assert f"what it said is in {log}" in capfd.readouterr().err
+    assert "nonsense" in log.read_text()
     # pairs of other settings are not taken for these
     assert preference_training.main([*words, "--pairs", "2"]) == 2
     assert "holds a run with pairs" in capfd.readouterr().err

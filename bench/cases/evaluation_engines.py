@@ -32,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for place, what in zip(PLACES, ("in this process", "with --server"), strict=True):
         parser.add_argument(
-            f"--{place}", type=Path, required=True, metavar="DIR", help=f"--out of `ic-train evaluate` {what}"
+            f"--{place}",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="DIR",
+            help=f"--out of `ic-train evaluate` {what}; several are taken for one",
         )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
     options = parser.parse_args(arguments)
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = new_result_folder(options.results, TOPIC)
     write_result(folder, TOPIC, rows)
     for place in PLACES:
-        for plot in sorted(getattr(options, place).glob("*.png")):
+        for plot in sorted(plot for part in getattr(options, place) for plot in part.glob("*.png")):
             shutil.copyfile(plot, folder / f"{plot.stem}-{place}.png")
     for row in rows:
         print(
@@ -55,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compared(process: Path, server: Path) -> list[dict[str, Any]]:
+def compared(process: Sequence[Path], server: Sequence[Path]) -> list[dict[str, Any]]:
     """A row per task and length that both have.
 
     Args:
-        process: folder of an evaluation by transformers.
+        process: folders of evaluations by transformers, each with suites or lengths of its own.
         server: the same questions behind a server.
 
     Raises:
@@ -68,10 +73,11 @@ def compared(process: Path, server: Path) -> list[dict[str, Any]]:
     found = [
         {
             (row["task"], row["context_tokens"]): row
+            for folder in folders
             for row in read_report(folder)
             if row["task"] != "perplexity"
         }
-        for folder in (process, server)
+        for folders in (process, server)
     ]
     rows = []
     for case, first in found[0].items():

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from bench.cases.preferences import TOPIC, compared
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "packages" / "ic-train" / "recipes" / "ic-nano" / "dpo.yaml"
-TASKS = "niah,distractors,corrections,absent"
+SUITES = ("niah", "distractors", "corrections", "absent", "perplexity")
 # from --seed: other questions than those of the result
 SCREEN_SEED_STEP = 1_000_000
 
@@ -62,26 +64,28 @@ def run(options: argparse.Namespace) -> Path:
     model = checkpoint_folder(options.model)
     if not options.recipe.is_file():
         raise ValueError(f"--recipe is {str(options.recipe)!r}; give a recipe of ic_train.dpo")
-    shortest = min(parse_lengths(options.lengths))
+    if options.at_once < 1:
+        raise ValueError(f"--at-once is {options.at_once}; it must be at least 1")
+    shortest = str(min(parse_lengths(options.lengths)))
     settings = options.flags or [""]
-    pairs = ["data", "preferences", work / "pairs", "--model", model, "--device", options.device]
-    pairs += ["--dtype", options.dtype, "--kinds", options.kinds, "--lengths", options.pair_lengths]
-    pairs += ["--short-tokens", options.short_tokens, "--pairs", options.pairs]
+    runs = [work / f"trained-{_key(options, flags)}" for flags in settings]
     before = work / "before"
-    # first: lengths too short for the questions end it here, not after hours
-    _evaluate(options, model, before / "screen", lengths=str(shortest), screen=True)
-    _ic_train(*pairs)
-    runs = [_train(options, model, flags) for flags in settings]
+    # few questions first: lengths too short for them end it here, not after hours
+    steps = [*_evaluations(options, model, before, shortest, screen=True), _pairs(options)]
+    _together(options, [*steps, *_evaluations(options, model, before, options.lengths)])
+    begun = [(flags, out) for flags, out in zip(settings, runs, strict=True) if not _is_trained(out, flags)]
+    _together(options, [_training(options, model, *one) for one in begun])
+    screens = [_evaluations(options, trained, trained, shortest, screen=True) for trained in runs]
+    _together(options, [step for steps in screens for step in steps])
     screened: list[dict[str, Any]] = []
     for flags, trained in zip(settings, runs, strict=True):
-        _evaluate(options, trained, trained / "screen", lengths=str(shortest), screen=True)
         screened.append({"flags": flags, **_screened(before / "screen", trained / "screen")})
         print(json.dumps(screened[-1]), flush=True)
     chosen = choose(screened, options.most_perplexity)
     trained = runs[chosen]
-    for one, folder in ((model, before), (trained, trained)):
-        _evaluate(options, one, folder / "evaluation", lengths=options.lengths, screen=False)
-    rows = compared([before / "evaluation"], [trained / "evaluation"], trained)
+    _together(options, _evaluations(options, trained, trained, options.lengths))
+    folders = [[folder / "evaluation" / task for task in SUITES] for folder in (before, trained)]
+    rows = compared(*folders, trained)
     found = {"training_flags": settings[chosen], "screened": screened}
     result = new_result_folder(options.results, TOPIC)
     write_result(result, TOPIC, [{**row, **found} for row in rows], seed=options.seed)
@@ -104,55 +108,109 @@ def choose(screened: Sequence[dict[str, Any]], most_perplexity: float) -> int:
 def _screened(before: Path, after: Path) -> dict[str, Any]:
     counts: dict[str, Any] = {}
     for place, folder in (("before", before), ("after", after)):
-        rows = read_report(folder)
+        rows = [row for task in SUITES for row in read_report(folder / task)]
         counts[f"right_{place}"] = sum(row["correct"] for row in rows if row["task"] != "perplexity")
         # of the last stretch of the longest context
         counts[f"perplexity_{place}"] = [row["perplexity"] for row in rows if row["task"] == "perplexity"][-1]
     return counts | {"perplexity_ratio": counts["perplexity_after"] / counts["perplexity_before"]}
 
 
-def _evaluate(options: argparse.Namespace, model: Path, out: Path, *, lengths: str, screen: bool) -> None:
-    words = ["evaluate", model, "--out", out, "--suite", f"{TASKS},perplexity", "--lengths", lengths]
-    words += ["--device", options.device, "--dtype", options.dtype]
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A command: what errors call it, its log where it runs beside others, and the words after `python -m`."""
+
+    what: str
+    log: Path
+    words: list[str]
+
+
+def _step(log: Path, *words: Any) -> _Step:
+    return _Step(f"ic-train {words[0]}", log, ["ic_train.cli", *map(str, words)])
+
+
+def _pairs(options: argparse.Namespace) -> _Step:
+    words = ["data", "preferences", options.work / "pairs", "--model", checkpoint_folder(options.model)]
+    words += ["--device", options.device, "--dtype", options.dtype, "--kinds", options.kinds]
+    words += ["--lengths", options.pair_lengths, "--short-tokens", options.short_tokens]
+    return _step(options.work / "pairs.log", *words, "--pairs", options.pairs)
+
+
+def _evaluations(
+    options: argparse.Namespace, model: Path, out: Path, lengths: str, *, screen: bool = False
+) -> list[_Step]:
+    """A step for every suite, so that they can run beside each other."""
+    folder = out / ("screen" if screen else "evaluation")
+    words = ["--lengths", lengths, "--device", options.device, "--dtype", options.dtype]
     words += ["--questions", options.screen_questions if screen else options.questions]
     words += ["--keys-per-context", options.keys_per_context]
     words += ["--seed", options.seed + (SCREEN_SEED_STEP if screen else 0)]
-    _ic_train(*words)
+    return [
+        _step(folder / f"{suite}.log", "evaluate", model, "--out", folder / suite, "--suite", suite, *words)
+        for suite in SUITES
+    ]
 
 
-def _ic_train(*words: Any) -> None:
-    """Run a command of `ic-train` in this process."""
-    command = [str(word) for word in words]
-    print(f"ic-train {shlex.join(command)}", flush=True)
+def _together(options: argparse.Namespace, steps: Sequence[_Step]) -> None:
+    """All steps, `--at-once` at a time.
+
+    Raises:
+        ValueError: one failed; those beside it have ended.
+    """
+    if options.at_once == 1:
+        for step in steps:
+            _run(step, alone=True)
+        return
+    with ThreadPoolExecutor(options.at_once) as pool:
+        jobs = [pool.submit(_run, step, alone=False) for step in steps]
+    for job in jobs:
+        job.result()
+
+
+def _run(step: _Step, *, alone: bool) -> None:
+    print(f"begun: {shlex.join(step.words)}", flush=True)
     started = time.monotonic()
-    if status := cli.main(command):
-        raise ValueError(f"ic-train {command[0]} failed with status {status}; what it said is above")
-    print(f"took {time.monotonic() - started:.0f} s", flush=True)
+    said = "above"
+    if alone and step.words[0] == "ic_train.cli":
+        status = cli.main(step.words[1:])
+    elif alone:
+        status = subprocess.run([sys.executable, "-m", *step.words], check=False).returncode
+    else:
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+        said = f"in {step.log}"
+        with step.log.open("w") as out:
+            command = [sys.executable, "-m", *step.words]
+            status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        raise ValueError(f"{step.what} failed with status {status}; what it said is {said}")
+    print(f"took {time.monotonic() - started:.0f} s: {step.log.with_suffix('')}", flush=True)
 
 
-def _train(options: argparse.Namespace, model: Path, flags: str) -> Path:
-    """The trained model's folder, which is named by what was asked for."""
+def _key(options: argparse.Namespace, flags: str) -> str:
+    """Of a trained model's folder, by what was asked for."""
     asked = json.dumps([flags, options.recipe.read_text(), options.text, options.device])
-    out = options.work / f"trained-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
-    if (out / "training.json").is_file():
+    return hashlib.sha256(asked.encode()).hexdigest()[:8]
+
+
+def _is_trained(out: Path, flags: str) -> bool:
+    there = (out / "training.json").is_file()
+    if there:
         print(f"there already: {out} ({flags})", flush=True)
-        return out
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return there
+
+
+def _training(options: argparse.Namespace, model: Path, flags: str, out: Path) -> _Step:
+    words = ["accelerate.commands.launch", "--num_processes", "1"]
+    words += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
     on_gpu = options.device.startswith("cuda")
     # the recipe is for a CPU
-    command += ["--mixed_precision", "bf16" if on_gpu else "no", *([] if on_gpu else ["--cpu"])]
-    command += ["-m", "ic_train.dpo", "--config", str(options.recipe), "--model", str(model)]
-    command += ["--preferences", str(options.work / "pairs"), "--output_dir", str(out)]
+    words += ["--mixed_precision", "bf16" if on_gpu else "no", *([] if on_gpu else ["--cpu"])]
+    words += ["-m", "ic_train.dpo", "--config", str(options.recipe), "--model", str(model)]
+    words += ["--preferences", str(options.work / "pairs"), "--output_dir", str(out)]
     if options.text:
-        command += ["--text_corpora", *options.text]
+        words += ["--text_corpora", *options.text]
     if on_gpu:
-        command += ["--use_cpu", "false", "--bf16", "true", "--attn_implementation", "mla_prefill"]
-    command += shlex.split(flags)
-    print(shlex.join(command[3:]), flush=True)
-    if status := subprocess.run(command, check=False).returncode:
-        raise ValueError(f"training with {flags!r} failed with status {status}; what it said is above")
-    return out
+        words += ["--use_cpu", "false", "--bf16", "true", "--attn_implementation", "mla_prefill"]
+    return _Step(f"training with {flags!r}", out.with_suffix(".log"), [*words, *shlex.split(flags)])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
         help="questions of one context (default: 40, as many as ic-nano's bytes have room for at 4k)",
     )
     add("--screen-questions", type=int, default=100, metavar="N", help="per task, to choose (default: 100)")
+    add(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="suites asked, or runs trained, at a time on one GPU, each with a log in WORK (default: 1)",
+    )
     add(
         "--most-perplexity",
         type=float,
