@@ -47,24 +47,61 @@ def _measured(row: Row) -> tuple[object, ...]:
 
 
 def retrieval_table(rows: Sequence[Row]) -> str:
-    """Share of what was found, by context length, with its 95 % confidence interval (Wilson)."""
+    """Share of what was found, by context length, with its 95 % confidence interval (Wilson).
+
+    Tasks are named where there are several.
+    """
     # of a model only the newest result: an older one was another checkpoint's
     latest = {_measured(row): row["result"] for row in rows}
     rows = [row for row in rows if row["result"] == latest[_measured(row)]]
     newest = {tuple(row[field] for field in (*_RETRIEVAL_KEY, "gpu")): row for row in rows}
-    lines = [
-        "| model | context, tokens | found | share (95 % interval) | engine, KV cache | device | result |",
-        "|---|---:|---:|---|---|---|---|",
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    header = [
+        "model",
+        "context, tokens",
+        "found",
+        "share (95 % interval)",
+        "engine, KV cache",
+        "device",
+        "result",
     ]
+    if named := len(tasks) > 1:
+        header.insert(1, "task")
+    lines = [_markdown(header), "|---|" + "---|" * named + "---:|---:|---|---|---|---|"]
     for row in sorted(
-        newest.values(), key=lambda row: [str(row["model"]), row["context_tokens"], row["engine"]]
+        newest.values(),
+        key=lambda row: [str(row["model"]), tasks.index(row["task"]), row["context_tokens"], row["engine"]],
     ):
         low, high = wilson_interval(row["correct"], row["total"])
-        share = row["correct"] / row["total"]
+        share, task = row["correct"] / row["total"], row["task"]
         lines.append(
-            f"| {row['model']} | {row['context_tokens']:,} | {row['correct']} of {row['total']} "
+            f"| {row['model']} {f'| {task} ' if named else ''}| {row['context_tokens']:,} "
+            f"| {row['correct']} of {row['total']} "
             f"| {share:.1%} ({low:.1%} to {high:.1%}) | {row['engine']}, {row['kv_dtype']} | {row['gpu']} "
             f"| `{row['result']}` |"
+        )
+    return "\n".join(lines)
+
+
+def perplexity_table(rows: Sequence[Row]) -> str:
+    """Perplexity by position in the longest contexts, with its 95 % interval."""
+    longest = {
+        row["model"]: max(one["context_tokens"] for one in rows if one["model"] == row["model"])
+        for row in rows
+    }
+    newest = {
+        (row["model"], row["from_tokens"]): row
+        for row in rows
+        if row["context_tokens"] == longest[row["model"]]
+    }
+    lines = [
+        "| model | tokens | perplexity (95 % interval) | texts | device | result |",
+        "|---|---:|---|---:|---|---|",
+    ]
+    for row in newest.values():
+        lines.append(
+            f"| {row['model']} | {row['from_tokens']:,} to {row['to_tokens']:,} | {row['perplexity']:.2f} "
+            f"({row['low']:.2f} to {row['high']:.2f}) | {row['texts']} | {row['gpu']} | `{row['result']}` |"
         )
     return "\n".join(lines)
 
@@ -170,6 +207,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 CONVERSION_FIELDS = frozenset({"source", "stage", "perplexity", "kv_numbers_per_token", "kv_saved_vs_mha"})
+_KEY_STAGES = ("converted", "healed")
 CHAT_FIELDS = frozenset({"task", "model", "engine", "question", "answer", "finish_reason"})
 _CONVERSION_HEADER = (
     "C", "R", "numbers per token", "less than multi-head", "less than the source", "source", "converted", "healed",
@@ -242,6 +280,37 @@ def _conversion_line(stages: dict[str, Row]) -> str:
             f"`{converted['result']}`",
         ]
     )
+
+
+def conversion_keys_table(rows: Sequence[Row]) -> str:
+    """Pass keys found by each size before and after healing, a column per length; the source first."""
+    found: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        size, _, healed = row["model"].removeprefix(row["source"]).strip().partition(" ")
+        stages = found.setdefault((size, row["gpu"]), {})
+        stages.setdefault(healed or "converted", {})[row["context_tokens"]] = row
+    lengths = sorted({row["context_tokens"] for row in rows})
+    header = ["C, R", *(f"{length:,} tokens" for length in lengths), "device", "result"]
+    lines = [_markdown(header), _markdown(["---", *["---:"] * len(lengths), "---", "---"])]
+    # the largest cache first; the source's key is empty
+    for (size, gpu), stages in sorted(found.items(), key=lambda item: _size_order(item[0][0])):
+        cells = [
+            _keys_cell([stages.get(stage, {}).get(length) for stage in _KEY_STAGES]) for length in lengths
+        ]
+        results = dict.fromkeys(row["result"] for stage in stages.values() for row in stage.values())
+        name = size.replace("+", ", ") or "source"
+        lines.append(_markdown([name, *cells, gpu, ", ".join(f"`{result}`" for result in results)]))
+    return "\n".join(lines)
+
+
+def _size_order(size: str) -> tuple[int, ...]:
+    parts = [int(part) for part in size.split("+") if part]
+    return (0,) if not parts else (1, -sum(parts), -parts[0])
+
+
+def _keys_cell(rows: Sequence[Row | None]) -> str:
+    """Of one length: "14 of 30, 24 of 30", or what there is of it."""
+    return ", ".join(f"{row['correct']} of {row['total']}" for row in rows if row is not None) or "-"
 
 
 def conversion_cost_table(rows: Sequence[Row]) -> str:
@@ -393,9 +462,16 @@ def _flag(row: Row, name: str) -> str:
 # name in the mark: (fields that its rows have, the table)
 TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "retrieval": (frozenset({*_RETRIEVAL_KEY, "correct", "total"}), retrieval_table),
+    # with what only `ic-train evaluate` says
+    "evaluation": (frozenset({*_RETRIEVAL_KEY, "correct", "total", "spare_tokens"}), retrieval_table),
+    "perplexity": (
+        frozenset({"model", "task", "from_tokens", "to_tokens", "perplexity", "texts"}),
+        perplexity_table,
+    ),
     "kernels": (frozenset({"op", "impl", "heads", "batch", "context_tokens", "median_us"}), kernels_table),
     "aot": (frozenset({"op", "variant", "capability", "shared_bytes", "registers"}), aot_table),
     "conversion": (CONVERSION_FIELDS, conversion_table),
+    "conversion-keys": (frozenset({*_RETRIEVAL_KEY, "source", "correct", "total"}), conversion_keys_table),
     "conversion-cost": (
         CONVERSION_FIELDS | {"kv_lora_rank", "wall_s", "peak_memory_bytes"},
         conversion_cost_table,

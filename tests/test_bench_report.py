@@ -71,6 +71,23 @@ def test_prefill_and_small_ops():
     assert "| no | **9,000** | 1 | 50% | H200 | `r` |" in lines
 
 
+def test_pass_keys_before_and_after_healing_stand_in_one_cell():
+    row = {
+        "task": "passkey", "source": "s", "model": "s 128+64", "engine": "transformers", "kv_dtype": "bfloat16",
+        "context_tokens": 512, "correct": 14, "total": 30, "gpu": "H100", "result": "r",
+    }  # fmt: skip
+    healed = {**row, "model": "s 128+64 healed", "correct": 24}
+    source = {**row, "model": "s", "correct": 29, "gpu": "cpu", "result": "q"}
+    larger = {**row, "model": "s 256+64", "context_tokens": 1024}
+    assert _table("conversion-keys source=s", [row, healed, source, larger]) == [
+        "| C, R | 512 tokens | 1,024 tokens | device | result |",
+        "| --- | ---: | ---: | --- | --- |",
+        "| source | 29 of 30 | - | cpu | `q` |",
+        "| 256, 64 | - | 14 of 30 | H100 | `r` |",
+        "| 128, 64 | 14 of 30, 24 of 30 | - | H100 | `r` |",
+    ]
+
+
 def test_without_rows():
     assert _table("kernels op=rope", [DECODE]) == [NO_ROWS]
 

@@ -94,8 +94,9 @@ class Client:
             ServerError: no usable answer after all retries.
         """
         return await self._try(
+            # as a parameter the package would copy it id by id: seconds for each question about a long context
             lambda: self._openai.completions.create(
-                model=model, prompt=prompt, max_tokens=max_tokens, temperature=0
+                model=model, prompt="", max_tokens=max_tokens, temperature=0, extra_body={"prompt": prompt}
             ),
             lambda answer: _text(answer.choices[0].text),
         )

@@ -45,13 +45,20 @@ class InProcess:
         """Ask one after the other."""
         for question in context.questions:
             prompt = _prompt(context, question, self._tokenizer)
-            ids = self._reader.complete(prompt, max_tokens=question.max_tokens)
-            answered(question, self._tokenizer.decode(ids, skip_special_tokens=True))
+
+            def is_over(ids: list[int], stop: str = question.stop) -> bool:
+                return bool(stop) and stop in self._text(ids)
+
+            ids = self._reader.complete(prompt, max_tokens=question.max_tokens, is_over=is_over)
+            answered(question, self._text(ids))
 
     async def ask_each(self, contexts: Iterable[Context], answered: AnsweredIn) -> None:
         """Ask one after the other."""
         for context in contexts:
             await self.ask(context, partial(answered, context))
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class Server:

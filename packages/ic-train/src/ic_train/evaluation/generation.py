@@ -5,7 +5,7 @@ Letters: B batch (here 1), S context tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -83,12 +83,19 @@ class PrefixReader:
         self._ends = {ends} if isinstance(ends, int) else set(ends or ())
 
     @torch.inference_mode()
-    def complete(self, prompt: Sequence[int], *, max_tokens: int) -> list[int]:
+    def complete(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        is_over: Callable[[list[int]], bool] = lambda answer: False,
+    ) -> list[int]:
         """The most likely continuation, up to the model's end of text, which is left out.
 
         Args:
             prompt: token ids.
             max_tokens: of the continuation.
+            is_over: asked after every token of the continuation, which ends where it says so.
         """
         ids = torch.tensor(prompt)
         kept = _common_tokens(ids, self._cached_ids)
@@ -106,10 +113,10 @@ class PrefixReader:
         answer: list[int] = []
         while int(token) not in self._ends:
             answer.append(int(token))
-            if len(answer) == max_tokens:
+            if len(answer) == max_tokens or is_over(answer):
                 break
             token = self._forward(token)
-        # the last token was not read when the limit ended the answer
+        # the last token was not read where the answer ended without the model's end of text
         self._cached_ids = torch.cat([ids, torch.tensor(answer, dtype=torch.int64)])
         self._cached_ids = self._cached_ids[: self._cache.get_seq_length()]
         return answer

@@ -50,6 +50,7 @@ class Question:
         depth: of the fact in the context, from 0 (start) to 1 (end); None for several facts.
         quote: the passages that hold the answer.
         max_tokens: of the answer.
+        stop: text at whose end nothing more is wanted of the answer, which may go on behind it.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Question:
     depth: float | None
     quote: str
     max_tokens: int
+    stop: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -219,6 +219,7 @@ async def _ask(
             depth=None,
             quote="",
             max_tokens=_longest_answer_tokens(plan),
+            stop=plan.wording.stop,
         )
         for name, one in asked.items()
     ]
