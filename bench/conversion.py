@@ -1,6 +1,6 @@
 """The plot of conversions: what a smaller cache costs in perplexity, before healing and after.
 
-`python -m bench.conversion FOLDER` draws `conversion.png` into a result's folder.
+`python -m bench.conversion FOLDER ...` draws the sizes of all these results into the first one's `conversion.png`.
 """
 
 from __future__ import annotations
@@ -10,33 +10,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report import CONVERSION_FIELDS, conversion_sizes
+from bench.report import CONVERSION_FIELDS, Row, conversion_sizes
 
 PLOT_FILE = "conversion.png"
 
 
-def plot_conversion_result(folder: Path) -> Path:
+def plot_conversions(folders: Sequence[Path]) -> Path:
     """Perplexity relative to the source over the share of the source's cache that is saved.
 
     Args:
-        folder: of a result.
+        folders: of results, of one source; each size is taken from one of them, as in the table.
 
     Returns:
         the file that was written.
 
     Raises:
-        ValueError: the result has no conversions.
+        ValueError: a result has no conversions, or they are of several sources.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    result = json.loads((folder / "result.json").read_text())
-    rows = [{**row, "result": folder.name} for row in result["rows"] if set(row) >= CONVERSION_FIELDS]
+    rows = [row for folder in sorted(folders, key=lambda folder: folder.name) for row in _conversions(folder)]
+    if len(sources := dict.fromkeys(row["source"] for row in rows)) > 1:
+        raise ValueError(f"the results are of {', '.join(sources)}; one plot is of one source")
     sizes = conversion_sizes(rows)
-    if not sizes:
-        raise ValueError(f"{folder / 'result.json'} has no conversions")
     figure, panel = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     for stage in ("converted", "healed"):
         points = [
@@ -58,21 +57,28 @@ def plot_conversion_result(folder: Path) -> Path:
     panel.set_title(f"{rows[0]['source']}, C + R at each point", fontsize=10)
     panel.grid(alpha=0.3, which="both")
     panel.legend()
-    path = folder / PLOT_FILE
+    path = folders[0] / PLOT_FILE
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
+def _conversions(folder: Path) -> list[Row]:
+    result = json.loads((folder / "result.json").read_text())
+    rows = [{**row, "result": folder.name} for row in result["rows"] if set(row) >= CONVERSION_FIELDS]
+    if not conversion_sizes(rows):
+        raise ValueError(f"{folder / 'result.json'} has no conversions")
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the plots of result folders anew."""
+    """Draw the plot of result folders."""
     folders = [Path(name) for name in (sys.argv[1:] if arguments is None else arguments)]
     if not folders:
         print("usage: python -m bench.conversion FOLDER ...", file=sys.stderr)
         return 2
     try:
-        for folder in folders:
-            print(plot_conversion_result(folder))
+        print(plot_conversions(folders))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.cases.conversion_needs import SHAPES, needs_row
-from bench.conversion import main, plot_conversion_result
+from bench.conversion import main, plot_conversions
 from bench.report import render
 
 SOURCE = {
@@ -79,9 +79,17 @@ def test_plot(tmp_path, capsys):
     (folder / "result.json").write_text(json.dumps({"rows": rows}))
     assert main([str(folder)]) == 0
     assert (folder / "conversion.png").read_bytes().startswith(b"\x89PNG")
+    # sizes of several results in one plot, which is of one source
+    other = tmp_path / "20260103-cpu-conversion"
+    other.mkdir()
+    (other / "result.json").write_text(json.dumps({"rows": [SOURCE, {**CONVERTED, "kv_lora_rank": 256}]}))
+    assert plot_conversions([other, folder]) == other / "conversion.png"
+    (other / "result.json").write_text(json.dumps({"rows": [{**row, "source": "Qwen"} for row in rows[:2]]}))
+    with pytest.raises(ValueError, match="of SmolLM2, Qwen"):
+        plot_conversions([folder, other])
     (folder / "result.json").write_text(json.dumps({"rows": [SOURCE]}))
     with pytest.raises(ValueError, match="has no conversions"):
-        plot_conversion_result(folder)
+        plot_conversions([folder])
     assert main([str(folder)]) == 2
     assert "has no conversions" in capsys.readouterr().err
 
