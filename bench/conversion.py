@@ -13,6 +13,7 @@ from pathlib import Path
 from bench.report import CONVERSION_FIELDS, Row, conversion_sizes
 
 PLOT_FILE = "conversion.png"
+TICKS = (1, 1.1, 1.25, 1.5, 2, 3, 5, 10)
 
 
 def plot_conversions(folders: Sequence[Path]) -> Path:
@@ -31,6 +32,7 @@ def plot_conversions(folders: Sequence[Path]) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, PercentFormatter
 
     rows = [row for folder in sorted(folders, key=lambda folder: folder.name) for row in _conversions(folder)]
     if len(sources := dict.fromkeys(row["source"] for row in rows)) > 1:
@@ -52,6 +54,10 @@ def plot_conversions(folders: Sequence[Path]) -> Path:
         panel.annotate(text, place, textcoords="offset points", xytext=(4, -12), fontsize=8)
     panel.axhline(1.0, color="grey", linewidth=0.8)
     panel.set_yscale("log")
+    for axis in (panel.yaxis, panel.xaxis):
+        axis.set_minor_formatter(NullFormatter())
+    panel.set_yticks(TICKS, [f"{tick:g} x" for tick in TICKS])
+    panel.xaxis.set_major_formatter(PercentFormatter(1.0))
     panel.set_xlabel("numbers per token saved against the source's own cache")
     panel.set_ylabel("perplexity, relative to the source")
     panel.set_title(f"{rows[0]['source']}, C + R at each point", fontsize=10)

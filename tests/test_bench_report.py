@@ -88,6 +88,23 @@ def test_pass_keys_before_and_after_healing_stand_in_one_cell():
     ]
 
 
+def test_an_evaluation_names_its_tasks_and_perplexity_is_that_of_the_longest_context():
+    row = {
+        "task": "niah", "model": "m", "engine": "transformers", "kv_dtype": "bfloat16", "context_tokens": 4096,
+        "correct": 200, "total": 200, "spare_tokens": 160, "gpu": "H100", "result": "r",
+    }  # fmt: skip
+    other = {**row, "task": "absent", "correct": 0}
+    share = "0.0% (0.0% to 1.9%) | transformers, bfloat16 | H100 | `r` |"
+    assert _table("evaluation model=m", [row, other])[-1] == f"| m | absent | 4,096 | 0 of 200 | {share}"
+    assert _table("evaluation task=absent", [row, other])[-1] == f"| m | 4,096 | 0 of 200 | {share}"
+    text = {**row, "task": "perplexity", "from_tokens": 0, "to_tokens": 1024, "perplexity": 7.336, "low": 6.0}
+    text |= {"high": 8.0, "texts": 4}
+    longer = {**text, "context_tokens": 32_768, "perplexity": 7.5}
+    assert _table("perplexity", [longer, text])[2:] == [
+        "| m | 0 to 1,024 | 7.50 (6.00 to 8.00) | 4 | H100 | `r` |"
+    ]
+
+
 def test_without_rows():
     assert _table("kernels op=rope", [DECODE]) == [NO_ROWS]
 
