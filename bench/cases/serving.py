@@ -94,6 +94,8 @@ def engine_arguments(run: Run, impl: str, **engine: Any) -> dict[str, Any]:
         impl: "ours", "stock" (vLLM's choice), or "stock:BACKEND" for one of its attention backends by name.
         engine: what the point sets.
     """
+    if run.options.gpus > 1:
+        engine = {"tensor_parallel_size": run.options.gpus, **engine}
     arguments = {
         "model": str(run.model(impl)),
         "dtype": run.options.dtype,
@@ -153,6 +155,7 @@ def _engine_row(
         "kv_dtype": o.kv_dtype,
         "weight_dtype": o.dtype,
         "sequences": task.get("sequences", 1),
+        "gpus": o.gpus,
         "step_tokens": found["step_tokens"],
     }
     if not task.get("skip_prefill_attention"):
@@ -163,7 +166,8 @@ def _engine_row(
     if one["step_s"]:
         step_s = statistics.median(one["step_s"])
         row |= {"decode_tokens_per_s": task.get("sequences", 1) / step_s, "step_s": one["step_s"]}
-        if roofline.get("read_gb_per_s") and task.get("sequences", 1) == 1:
+        # several GPUs each read the whole cache, and their part of the weights
+        if roofline.get("read_gb_per_s") and task.get("sequences", 1) == o.gpus == 1:
             kv_dtype = {"auto": "bf16", "fp8": "fp8"}[o.kv_dtype]
             read = size(config, context_tokens=one["context_tokens"], kv_dtype=kv_dtype).decode_read_bytes
             bound = roofline["read_gb_per_s"] * 1e9 / read
@@ -242,6 +246,7 @@ POINTS: dict[str, Callable[[Run], None]] = {
     "parity": parity,
     "faults": faults,
 }
+SEVERAL_GPUS = ("decode", "prefill", "parity")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "passkey": {"model": "ic-nano", "context_tokens": [131072, 1048576]},
     "decode": {"context_tokens": [1048576], "impl": "ours,stock:TRITON_MLA", "max_num_seqs": 4},
@@ -270,6 +275,10 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--impl", default=OURS, help="with commas: ours, stock, stock:BACKEND; default %(default)s"
         )
+        if name in SEVERAL_GPUS:
+            one.add_argument(
+                "--gpus", type=int, default=1, help="of one engine: tensor parallelism; default %(default)s"
+            )
         one.add_argument("--dtype", default="bfloat16")
         one.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"))
         one.add_argument("--context-tokens", type=int, nargs="+", default=[1048576])
@@ -301,7 +310,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--seed", type=int, default=1000)
         one.add_argument("--limit-s", type=float, default=540, help="seconds in all; default %(default)s")
         one.add_argument("--results", default=str(ROOT / "bench" / "results"))
-        one.set_defaults(**DEFAULTS[name])
+        one.set_defaults(**{"gpus": 1, **DEFAULTS[name]})
     return top
 
 
@@ -314,6 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
             json.loads(getattr(options, name))
         except ValueError as error:
             top.error(f"--{name.replace('_', '-')} is {getattr(options, name)!r}, which is not JSON: {error}")
+    if options.gpus < 1:
+        top.error(f"--gpus is {options.gpus}; it must be at least 1")
     run = Run(options.point, options)
     try:
         run.model(OURS)

@@ -12,13 +12,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-GIB = 2**30
+from bench.cases.serving_worker import EXTENSION, GIB
+
 MARK = "RESULT "
 PROGRESS_EVERY_S = 10.0
 
@@ -57,50 +56,6 @@ def limit_memory(limit_gib: float) -> dict[str, float]:
     # the allocator raises an out-of-memory error beyond it, as a card of that size would
     torch.cuda.set_per_process_memory_fraction((limit_gib * GIB - context) / total)
     return {"context_gib": context / GIB, "utilization": 0.9 * limit_gib * GIB / total}
-
-
-def memory_in_use() -> dict[str, float]:
-    """GiB: the most that PyTorch has reserved, and with what the device holds beside it."""
-    if not on_gpu():
-        return {}
-    free, total = torch.cuda.mem_get_info()
-    beside = total - free - torch.cuda.memory_reserved()
-    reserved = torch.cuda.max_memory_reserved()
-    return {
-        "reserved_gib": reserved / GIB,
-        "beside_gib": beside / GIB,
-        "peak_gib": (reserved + beside) / GIB,
-        "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
-    }
-
-
-@contextmanager
-def prefill_without_attention(wanted: bool) -> Iterator[None]:
-    """Inside the block prefill writes the cache but attends to nothing.
-
-    The time of a decode step does not depend on what the numbers in the cache are: a context of a million tokens
-    is then there in seconds. What the prefill itself takes is measured without this.
-    """
-    if not wanted:
-        yield
-        return
-    from ic_vllm_plugin.attention import LatentImpl
-    from vllm.model_executor.layers.attention import mla_attention
-
-    # a class further down in vLLM 0.26 than in 0.32
-    stock = getattr(mla_attention, "MLACommonBaseImpl", mla_attention.MLACommonImpl)
-
-    def forward_mha(self: Any, *args: Any, output: torch.Tensor | None = None, **kwargs: Any) -> None:
-        (args[-1] if output is None else output).zero_()
-
-    originals = [(owner, owner.forward_mha) for owner in (LatentImpl, stock)]
-    try:
-        for owner, _ in originals:
-            owner.forward_mha = forward_mha
-        yield
-    finally:
-        for owner, original in originals:
-            owner.forward_mha = original
 
 
 def timed(engine: Any, prompts: list[list[int]], new_tokens: int, limit_s: float) -> dict[str, Any]:
@@ -148,7 +103,7 @@ def run_timed(specification: dict[str, Any]) -> dict[str, Any]:
         specification: `engine` (arguments of vLLM's LLM), `lengths`, and optionally `sequences`, `new_tokens`,
             `skip_prefill_attention`, `memory_limit_gib`, `limit_s`, `seed`.
     """
-    arguments = dict(specification["engine"])
+    arguments = {**specification["engine"], "worker_extension_cls": EXTENSION}
     limits: dict[str, float] = {}
     if specification.get("memory_limit_gib") and on_gpu():
         limits = limit_memory(specification["memory_limit_gib"])
@@ -156,36 +111,38 @@ def run_timed(specification: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     from vllm import LLM
 
-    with prefill_without_attention(bool(specification.get("skip_prefill_attention"))):
-        llm = LLM(**arguments)
-        start_s = time.perf_counter() - began
-        engine = llm.llm_engine
-        cache = engine.vllm_config.cache_config
-        held = (cache.num_gpu_blocks or 0) * cache.block_size
-        say(f"engine in {start_s:.0f} s, cache of {held:,} tokens")
-        step_tokens = engine.vllm_config.scheduler_config.max_num_batched_tokens
-        longest = engine.vllm_config.model_config.max_model_len
-        # compiles what prefill needs with and without context
-        timed(engine, [random_prompt(min(2 * step_tokens + 5, longest - 8), 1)], 4, limit_s=300)
-        if on_gpu():
-            torch.cuda.reset_peak_memory_stats()
-        runs = []
-        budget = time.perf_counter() + specification.get("limit_s", 500)
-        for length in specification["lengths"]:
-            new_tokens = specification.get("new_tokens", 64)
-            prompts = [
-                random_prompt(length - new_tokens, specification.get("seed", 0) + 10 + number)
-                for number in range(specification.get("sequences", 1))
-            ]
-            left = budget - time.perf_counter()
-            estimate = _estimate(runs, length)
-            if left <= 0 or estimate > left:
-                say(f"{length:,} tokens not run: about {estimate:.0f} s, {left:.0f} s left")
-                runs.append({"context_tokens": length, "finished": False, "estimate_s": estimate})
-                continue
-            found = timed(engine, prompts, new_tokens, left)
-            runs.append({"context_tokens": length, **found, **memory_in_use()})
-            say(f"{length:,} tokens: {_summary(found)}")
+    llm = LLM(**arguments)
+    start_s = time.perf_counter() - began
+    if specification.get("skip_prefill_attention"):
+        llm.collective_rpc("bench_skip_prefill_attention")
+    engine = llm.llm_engine
+    cache = engine.vllm_config.cache_config
+    held = (cache.num_gpu_blocks or 0) * cache.block_size
+    say(f"engine in {start_s:.0f} s, cache of {held:,} tokens")
+    step_tokens = engine.vllm_config.scheduler_config.max_num_batched_tokens
+    longest = engine.vllm_config.model_config.max_model_len
+    # compiles what prefill needs with and without context
+    timed(engine, [random_prompt(min(2 * step_tokens + 5, longest - 8), 1)], 4, limit_s=300)
+    llm.collective_rpc("bench_reset_peak")
+    runs = []
+    budget = time.perf_counter() + specification.get("limit_s", 500)
+    for length in specification["lengths"]:
+        new_tokens = specification.get("new_tokens", 64)
+        prompts = [
+            random_prompt(length - new_tokens, specification.get("seed", 0) + 10 + number)
+            for number in range(specification.get("sequences", 1))
+        ]
+        left = budget - time.perf_counter()
+        estimate = _estimate(runs, length)
+        if left <= 0 or estimate > left:
+            say(f"{length:,} tokens not run: about {estimate:.0f} s, {left:.0f} s left")
+            runs.append({"context_tokens": length, "finished": False, "estimate_s": estimate})
+            continue
+        found = timed(engine, prompts, new_tokens, left)
+        # of the GPU that needed most
+        memory = max(llm.collective_rpc("bench_memory"), key=lambda of_gpu: of_gpu.get("peak_gib", 0.0))
+        runs.append({"context_tokens": length, **found, **memory})
+        say(f"{length:,} tokens: {_summary(found)}")
     return {"start_s": start_s, "cache_tokens": held, "step_tokens": step_tokens, "runs": runs, **limits}
 
 

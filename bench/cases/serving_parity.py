@@ -59,7 +59,8 @@ def compare(run: Run, engine: dict[str, Any]) -> None:
         if "error" in found:
             run.error(name, found["error"])
             continue
-        row = _row(name, changes["dtype"], found["rounds"], reference["rounds"][0])
+        gpus = f", {run.options.gpus} ranks" if run.options.gpus > 1 else ""
+        row = _row(f"{name}{gpus}", changes["dtype"], found["rounds"], reference["rounds"][0])
         run.add({"model": run.options.model, "impl": "ours", **row})
         if changes["dtype"] == "float32" and row["equal"] != row["prompts"]:
             run.error(name, f"{row['prompts'] - row['equal']} prompts have other tokens than in transformers")

@@ -11,6 +11,7 @@ Row = dict[str, Any]
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("model", "model", str),
     ("impl", "attention", str),
+    ("gpus", "GPUs", str),
     ("context_tokens", "context, tokens", "{:,}".format),
     ("sequences", "sequences", str),
     ("concurrency", "requests at a time", str),
@@ -28,7 +29,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("cache_tokens", "cache holds, tokens", "{:,}".format),
 )
 _TEXTS = {"model", "attention", "KV cache"}
-_SAME = ("point", "model", "impl", "context_tokens", "kv_dtype", "sequences", "concurrency", "gpu")
+_SAME = ("point", "model", "impl", "gpus", "context_tokens", "kv_dtype", "sequences", "concurrency", "gpu")
 
 SERVING_FIELDS = frozenset({"point", "model", "impl", "context_tokens", "kv_dtype"})
 PARITY_FIELDS = frozenset({"point", "case", "dtype", "equal", "prompts"})
@@ -37,11 +38,16 @@ FAULT_FIELDS = frozenset({"point", "fault", "held", "seconds"})
 
 def serving_table(rows: Sequence[Row]) -> str:
     """Times, rates and memory, a line per implementation and length; of equal measurements the newest."""
+    # results from before there were several had one
+    rows = [{"gpus": 1, **row} for row in rows]
     newest = {tuple(row.get(field) for field in _SAME): row for row in rows}
     ordered = sorted(
-        newest.values(), key=lambda row: (str(row["model"]), row["context_tokens"], str(row["impl"]))
+        newest.values(),
+        key=lambda row: (str(row["model"]), row["context_tokens"], str(row["impl"]), row["gpus"]),
     )
     columns = [column for column in _COLUMNS if any(row.get(column[0]) is not None for row in ordered)]
+    if all(row["gpus"] == 1 for row in ordered):
+        columns = [column for column in columns if column[0] != "gpus"]
     lines = [
         [title for _, title, _ in columns] + ["device", "result"],
         ["---" if title in _TEXTS else "---:" for _, title, _ in columns] + ["---", "---"],

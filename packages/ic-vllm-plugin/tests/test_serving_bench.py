@@ -53,6 +53,7 @@ def test_every_point_has_defaults_and_a_limit(point):
     [
         (["decode", "--engine", "{"], "--engine is '{', which is not JSON"),
         (["decode", "--model", "ic-2b"], "model is 'ic-2b'"),
+        (["decode", "--gpus", "0"], "--gpus is 0; it must be at least 1"),
         (["dance"], "invalid choice: 'dance'"),
     ],
 )
@@ -133,7 +134,10 @@ def test_tables_have_the_newest_of_equal_measurements_and_no_empty_columns():
     text = serving_tables.serving_table(rows)
     assert "| ic-1b | ours | 1,048,576 | auto | 123.5 | 71% | G | `second` |" in text
     assert "| ic-1b | stock | 1,048,576 | auto | 10.0 | - | G | `second` |" in text
-    assert "first" not in text and "card, GiB" not in text
+    assert "first" not in text and "card, GiB" not in text and "GPUs" not in text
+    text = serving_tables.serving_table([*rows, {**old, "gpus": 2, "result": "third"}])
+    assert "| ic-1b | ours | 1 | 1,048,576 | auto | 123.5 | 71% | G | `second` |" in text
+    assert "| ic-1b | ours | 2 | 1,048,576 | auto | 10.0 | - | G | `third` |" in text
     lengths = {line.count("|") for line in text.splitlines()}
     assert len(lengths) == 1
     fault = {
