@@ -84,8 +84,8 @@ def run(options: argparse.Namespace) -> Path:
     chosen = choose(screened, options.most_perplexity)
     trained = runs[chosen]
     _together(options, _evaluations(options, trained, trained, options.lengths))
-    folders = [[folder / "evaluation" / task for task in SUITES] for folder in (before, trained)]
-    rows = compared(*folders, trained)
+    both = [[folder / "evaluation" / task for task in SUITES] for folder in (before, trained)]
+    rows = compared(both[0], both[1], trained)
     found = {"training_flags": settings[chosen], "screened": screened}
     result = new_result_folder(options.results, TOPIC)
     write_result(result, TOPIC, [{**row, **found} for row in rows], seed=options.seed)
