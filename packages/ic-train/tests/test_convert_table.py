@@ -39,7 +39,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_size_is_converted_healed_at_its_rate_and_measured(root: Path) -> None:
-    heal = ("--heal-config", str(RECIPE), "--corpora", str(root / "corpus"), "--heal-seconds", "60")
+    # as the shipped recipe, which is for a GPU
+    (root / "heal.yaml").write_text(f"{RECIPE.read_text()}bf16: true\n")
+    heal = (
+        "--heal-config",
+        str(root / "heal.yaml"),
+        "--corpora",
+        str(root / "corpus"),
+        "--heal-seconds",
+        "60",
+    )
     rates = ("--heal-learning-rates", "0.002", "0.001")
     keys = ("--passkey-tokens", "384", "--passkey-contexts", "1")
     assert cli.main(command_of(root, *heal, *rates, *keys, "--at-once", "2")) == 0

@@ -353,6 +353,8 @@ def _heal(options: argparse.Namespace, converted: Path, size: _Size) -> Path:
     command += ["--cpu"] if options.device == "cpu" else []
     command += ["-m", "ic_train.heal", "--config", str(options.heal_config), "--model", str(converted)]
     command += ["--teacher", str(options.source), "--output_dir", str(healed)]
+    # the recipe is for a GPU
+    command += ["--use_cpu", "true"] if options.device == "cpu" else []
     command += [] if size.rate is None else ["--learning_rate", str(size.rate)]
     command += ["--max_seconds", str(size.seconds), "--corpora", *options.corpora]
     finished = subprocess.run(command, check=False)
