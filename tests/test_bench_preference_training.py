@@ -1,8 +1,14 @@
 """From pairs to the table of what preference training did: real pairs, training and evaluation, of few of each."""
 
+import argparse
+
+import pytest
+
 from bench.cases import preference_training
-from bench.cases.preference_training import choose
+from bench.cases.preference_training import _Step, _together, choose
 from bench.report import load_rows
+
+STEPS = {"fine": ["timeit", "--help"], "wrong": ["timeit", "--nonsense"]}
 
 
 def test_the_run_with_most_right_answers_that_kept_the_text_is_chosen():
@@ -14,6 +20,14 @@ def test_the_run_with_most_right_answers_that_kept_the_text_is_chosen():
     assert choose(runs, 1.1) == 1
     assert choose(runs, 1.5) == 2
     assert choose(runs[1:], 1.0) == 0
+
+
+def test_steps_beside_each_other_have_logs_and_one_that_fails_is_named(tmp_path):
+    fine, wrong = (_Step(name, tmp_path / "logs" / f"{name}.log", words) for name, words in STEPS.items())
+    with pytest.raises(ValueError, match=rf"wrong failed with status 2; what it said is in {wrong.log}"):
+        _together(argparse.Namespace(at_once=2), [wrong, fine])
+    assert "nonsense" in wrong.log.read_text()
+    assert "usage" in fine.log.read_text(), "it was ended with the other"
 
 
 def test_pairs_training_and_evaluations_become_one_result(tmp_path, capfd):
@@ -37,11 +51,6 @@ def test_pairs_training_and_evaluations_become_one_result(tmp_path, capfd):
     assert said.out.count("there already") == 1
     assert "training with '--objective other' failed with status 1" in said.err
     assert len(load_rows(tmp_path / "results")) == len(rows)
-    # beside each other, what failed says where its words are
-    assert preference_training.main([*words, "--at-once", "2", "--pair-lengths", "nonsense"]) == 2
-    log = tmp_path / "work" / "pairs.log"
-    assert f"what it said is in {log}" in capfd.readouterr().err
-    assert "nonsense" in log.read_text()
     # pairs of other settings are not taken for these
     assert preference_training.main([*words, "--pairs", "2"]) == 2
     assert "holds a run with pairs" in capfd.readouterr().err

@@ -132,7 +132,8 @@ def _pairs(options: argparse.Namespace) -> _Step:
     words = ["data", "preferences", options.work / "pairs", "--model", checkpoint_folder(options.model)]
     words += ["--device", options.device, "--dtype", options.dtype, "--kinds", options.kinds]
     words += ["--lengths", options.pair_lengths, "--short-tokens", options.short_tokens]
-    return _step(options.work / "pairs.log", *words, "--pairs", options.pairs)
+    words += ["--pairs", options.pairs, "--pairs-per-context", options.pairs_per_context]
+    return _step(options.work / "pairs.log", *words)
 
 
 def _evaluations(
@@ -233,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--kinds", default="single,distractors,corrections,absent", metavar="A,B", help="of pairs")
     add("--pairs", type=int, default=400, metavar="N", help="per kind and length (default: 400)")
+    add("--pairs-per-context", type=int, default=8, metavar="N", help="share a context (default: 8)")
     add("--pair-lengths", default="4k,32k", metavar="N,N", help="of pairs, in tokens (default: 4k,32k)")
     add("--short-tokens", default="1k", metavar="N", help="their short form (default: 1k)")
     add("--lengths", default="4k,32k,128k", metavar="N,N", help="of evaluation (default: 4k,32k,128k)")
