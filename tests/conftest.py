@@ -1,5 +1,6 @@
 """A stand-in for vLLM, and checkpoints without weights."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +10,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_reach_children() -> None:
+    """A script's background jobs ignore SIGINT, and so does all that they start: it is what is tested here."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
 
 
 @dataclass(frozen=True)

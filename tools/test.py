@@ -117,6 +117,9 @@ def main() -> int:
             for number, (name, command) in enumerate(PARTS.items())
         ]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            # in a script's background it stays without effect, but not on the parts, which `stop` ends by it
+            signal.signal(signal.SIGINT, lambda *_: None)
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
             run_all(parts, pool)
