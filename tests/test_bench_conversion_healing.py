@@ -57,7 +57,9 @@ def test_every_step_runs_once(
     # again, with a chat of a model that is not healed: what is there stays
     made = (work / "models" / "20-8-healed" / "training.json").stat().st_mtime
     assert conversion_healing.main([word or "12:8" for word in arguments]) == 2
-    assert "12-8-healed was not healed: --chat is '12:8'" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "12-8-healed was not healed: --chat is '12:8'" in said.err
+    assert not any(f"{step}: -m" in said.out for step in ("first", "documents")), "it was done again"
     assert (work / "models" / "20-8-healed" / "training.json").stat().st_mtime == made
 
 

@@ -151,10 +151,13 @@ class Run:
 
     def _convert_first(self) -> None:
         """While the GPU has little else to do."""
+        first = self.options.pairs[0]
+        if (self.work / "models" / first.replace(":", "-") / "conversion.json").is_file():
+            return
         command = self._table(heal=False)
         words = zip(["", *self.words], self.words, strict=False)
         command += [word for before, word in words if word in CONVERSION_FLAGS or before in CONVERSION_FLAGS]
-        self._run("first", *command, "--pairs", self.options.pairs[0], "--results", self.work / "first")
+        self._run("first", *command, "--pairs", first, "--results", self.work / "first")
 
     def _table(self, *, heal: bool = True) -> list[str | Path]:
         texts = [self.texts / f"{name}.txt" for name in CALIBRATION if name in self.packages]
@@ -192,6 +195,8 @@ class Run:
             status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
         if status:
             said = log.read_text().strip().splitlines()[-1:]
+            # at once: what runs beside it may take long
+            print(f"{name}: failed, see {log}", flush=True)
             raise ValueError(f"{name} failed with status {status}: {' '.join(said)}; more in {log}")
         print(f"{name}: took {time.monotonic() - started:.0f} s", flush=True)
 
