@@ -44,6 +44,21 @@ def test_verdicts_and_texts_are_compared_question_by_question(tmp_path, capsys):
     assert (folder / "niah-process.png").read_bytes() == b"process"
 
 
+def test_of_what_several_folders_have_the_last_one_counts(tmp_path, capsys):
+    answers = {"4k": ["1"], "all": ["1", "1"]}
+    process, server = [], []
+    for place, folders in (("process", process), ("server", server)):
+        for part, said in answers.items():
+            (tmp_path / part).mkdir(exist_ok=True)
+            _evaluation(tmp_path / part / place, said)
+            folders.append(str(tmp_path / part / place))
+            (tmp_path / part / place / "niah.png").write_bytes(part.encode())
+    assert _result(tmp_path, "--process", *process, "--server", *server) == 0
+    assert "2 and    2 of 2 right" in capsys.readouterr().out
+    (folder,) = (tmp_path / "results").iterdir()
+    assert (folder / "niah-server.png").read_bytes() == b"all"
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = new_result_folder(options.results, TOPIC)
     write_result(folder, TOPIC, rows)
     for place in PLACES:
-        for plot in sorted(plot for part in getattr(options, place) for plot in part.glob("*.png")):
+        # of a task that several have the last one's, as in the rows
+        for plot in (plot for part in getattr(options, place) for plot in sorted(part.glob("*.png"))):
             shutil.copyfile(plot, folder / f"{plot.stem}-{place}.png")
     for row in rows:
         print(

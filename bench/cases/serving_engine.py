@@ -15,8 +15,9 @@ import time
 from typing import Any
 
 import torch
+from ic_model.sizing import GIB
 
-from bench.cases.serving_worker import EXTENSION, GIB
+from bench.cases.serving_worker import EXTENSION
 
 MARK = "RESULT "
 PROGRESS_EVERY_S = 10.0

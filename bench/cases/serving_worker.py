@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ic_model.sizing import GIB
 
-GIB = 2**30
 # `worker_extension_cls` of vLLM's LLM: its methods are then there for `collective_rpc`
 EXTENSION = f"{__name__}.Probe"
 
