@@ -207,7 +207,7 @@ def _hard(kind: str) -> Callable[[Plan, int, int, list[str]], Context]:
     """The builder of a task whose facts are hard to tell apart."""
 
     def build(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
-        """Context `number` of `tokens` tokens, with a question for each name; ValueError where they have no room."""
+        """Context `number` of `tokens` tokens, a question for each name; ValueError where they have no room."""
         wording = plan.wording or wording_for(plan.tokenizer)
         # a question with instructions inside of a chat template may be longer than the spare tokens
         longer = max(0, wording.reserved_tokens(plan.tokenizer) - SPARE_TOKENS)
