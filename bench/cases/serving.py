@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,15 @@ class Run:
         if self.folder is None:
             self.folder = new_result_folder(Path(self.options.results), f"serving-{self.topic}")
         write_result(self.folder, f"serving-{self.topic}", self.rows, seed=self.options.seed)
+
+    def chosen(self, cases: Iterable[str]) -> list[str]:
+        """Of the cases, those that `--only` asks for: one by its whole name, or all with a word in theirs."""
+        only, cases = self.options.only, list(cases)
+        return [
+            name
+            for name in cases
+            if not only or any(word == name or (word not in cases and word in name) for word in only)
+        ]
 
     def error(self, what: str, message: str) -> None:
         """Show what did not work; the exit status will be 1."""
@@ -301,7 +310,13 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--concurrency", type=int, nargs="+", default=[64], help="throughput; default %(default)s"
         )
-        one.add_argument("--only", help="parity, faults: only cases with this in their name")
+        one.add_argument(
+            "--only",
+            action="append",
+            default=[],
+            metavar="CASE",
+            help="parity, faults: this case, or all with it in their name; may be given several times",
+        )
         one.add_argument(
             "--ic-options", default="{}", help="JSON: the plugin's options, such as " + json.dumps(TURING)
         )

@@ -37,14 +37,14 @@ class Fault(Exception):
 
 def provoke_all(run: Run) -> None:
     """A row per fault: what was seen, and after how long."""
-    wanted = run.options.only or ""
+    wanted = run.chosen([*STARTS, *LIVE])
     for name, provoke in STARTS.items():
         # on a CPU vLLM takes its own backend, whatever is asked for
-        if wanted in name and (on_gpu() or provoke is not _other_architecture):
+        if name in wanted and (on_gpu() or provoke is not _other_architecture):
             _provoke(run, name, lambda provoke=provoke: provoke(run))
     with tempfile.TemporaryDirectory() as scratch:
         # the last one ends the server
-        live = {name: provoke for name, provoke in LIVE.items() if wanted in name}
+        live = {name: provoke for name, provoke in LIVE.items() if name in wanted}
         if not live:
             return
         arguments = ["--max-model-len", "131072", *json.loads(run.options.serve)]

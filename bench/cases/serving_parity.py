@@ -46,9 +46,8 @@ def compare(run: Run, engine: dict[str, Any]) -> None:
     if "error" in reference:
         run.error("transformers", reference["error"])
         return
-    for name, changes in CASES.items():
-        if run.options.only and run.options.only not in name:
-            continue
+    for name in run.chosen(CASES):
+        changes = CASES[name]
         print(name, flush=True)
         if run.left_s < 30:
             run.error(name, "no time left; choose cases with --only")
