@@ -26,6 +26,7 @@ from ic_train.evaluation.passkey import wilson_interval
 from ic_train.evaluation.report import difference_interval
 
 from bench.cases.serving_tables import TABLES as SERVING_TABLES
+from bench.cases.training_tables import TABLES as TRAINING_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -421,44 +422,6 @@ def engines_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def training_table(rows: Sequence[Row]) -> str:
-    """Speed, MFU, utilisation and memory of the trainer, a line per model, length, batch and implementation."""
-    named = ("model", "tokens_per_sequence", "gpus", "ring", "impl", "gpu")
-    newest = {(*(row[field] for field in named), _batch(row), _recomputes(row)): row for row in rows}
-    lines = [
-        (
-            "| model | sequence, tokens | per GPU and step | GPUs, ring | by | tokens/s | MFU | GPU busy "
-            "| peak, GiB | device | result |"
-        ),
-        "|---|---:|---|---|---|---:|---:|---:|---:|---|---|",
-    ]
-    order = ("model", "tokens_per_sequence", "impl")
-    for row in sorted(newest.values(), key=lambda row: (*(row[field] for field in order), _batch(row))):
-        busy = f"{row['gpu_util']:.1%}" if "gpu_util" in row else "-"
-        batch = f"{_batch(row)}{', recomputed' if _recomputes(row) else ''}"
-        lines.append(
-            f"| {row['model']} | {row['tokens_per_sequence']:,} | {batch} | {row['gpus']}, {row['ring']} "
-            f"| `{row['impl']}` | {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} | {busy} | {row['peak_gib']:.1f} "
-            f"| {row['gpu']} | `{row['result']}` |"
-        )
-    return "\n".join(lines)
-
-
-def _batch(row: Row) -> int:
-    """Sequences per GPU and step of the optimiser."""
-    return int(_flag(row, "per_device_train_batch_size")) * int(_flag(row, "gradient_accumulation_steps"))
-
-
-def _recomputes(row: Row) -> bool:
-    return _flag(row, "gradient_checkpointing") == "true"
-
-
-def _flag(row: Row, name: str) -> str:
-    """A flag's value in the trainer's command: the last one holds; transformers' default otherwise."""
-    values = re.findall(rf"--{name} (\S+)", row["flags"])
-    return values[-1] if values else {"gradient_checkpointing": "false"}.get(name, "1")
-
-
 # name in the mark: (fields that its rows have, the table)
 TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "retrieval": (frozenset({*_RETRIEVAL_KEY, "correct", "total"}), retrieval_table),
@@ -480,8 +443,8 @@ TABLES: dict[str, tuple[frozenset[str], Callable[[Sequence[Row]], str]]] = {
     "conversion-chat": (CHAT_FIELDS, chat_table),
     "preferences": (frozenset({"task", "longest_pair_tokens", "training_commit"}), preferences_table),
     "engines": (frozenset({"task", "right_process", "right_server", "same_text"}), engines_table),
-    "training": (frozenset({"tokens_per_sequence", "impl", "ring", "mfu", "flags"}), training_table),
     **SERVING_TABLES,
+    **TRAINING_TABLES,
 }
 
 
@@ -492,13 +455,19 @@ def load_rows(results: Path) -> list[Row]:
         ValueError: a file is not a result: names the file and what it lacks.
     """
     rows: list[Row] = []
-    for path in sorted(results.glob("*/result.json")):
+    for path in sorted(results.glob("*/result.json"), key=_numbered):
         result = json.loads(path.read_text())
         lacking = {"topic", "command", "commit", "gpu", "versions", "rows"} - set(result)
         if lacking or not result["rows"]:
             raise ValueError(f"{path} is no result: it has no {', '.join(sorted(lacking) or ['rows'])}")
         rows += [{**row, "result": path.parent.name, "gpu": result["gpu"]} for row in result["rows"]]
     return rows
+
+
+def _numbered(file: Path) -> list[int | str]:
+    """Orders results as people do: the tenth of a day after its second."""
+    # text and numbers in turn, so that like is compared with like
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.parent.name)]
 
 
 def render(text: str, rows: Sequence[Row], source: str) -> str:

@@ -1,6 +1,8 @@
 """Tables of kernels in documents."""
 
-from bench.report import NO_ROWS, render
+import json
+
+from bench.report import NO_ROWS, load_rows, render
 
 DECODE = {
     "op": "mla_decode", "impl": "triton", "row_dim": 576, "heads": 16, "batch": 1, "context_tokens": 131_072,
@@ -116,6 +118,36 @@ def test_aot_table():
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["sm75", "sm90"]
     assert "7,777" not in "\n".join(lines)
     assert "| 1,024 | 232,448 | 40 | 0 | fma |" in lines[-1]
+
+
+def test_several_gpus_beside_one():
+    one = {
+        "model": "ic-1b", "tokens_per_sequence": 8192, "gpus": 1, "ring": 1, "impl": "ours", "mfu": 0.4,
+        "tokens_per_s": 1000.0, "tokens_per_s_per_gpu": 1000.0, "peak_gib": 40.0, "losses": [9.1926, 11.1],
+        "gpu": "NVIDIA H100", "result": "alone", "flags": "--per_device_train_batch_size 2",
+    }  # fmt: skip
+    two = {**one, "gpus": 2, "tokens_per_s": 1900.0, "tokens_per_s_per_gpu": 950.0, "result": "two"}
+    ring = {**two, "ring": 2, "losses": [9.1931, 11.1], "result": "ring"}
+    other = {**two, "tokens_per_sequence": 16384, "result": "no such work on one"}
+    lines = _table("training-scaling", [one, {**one, "impl": "torch", "tokens_per_s": 1.0}, other, ring, two])
+    cells = [[cell.strip() for cell in line.split("|")[5:-1]] for line in lines[2:]]
+    assert cells[0] == ["2, 1", "950", "95.0%", "40.0%", "40.0", "-", "NVIDIA H100", "`two`, `alone`"]
+    # the same sequence by both: the losses are to be compared
+    assert cells[1][5] == "9.193 11.100, 9.193 11.100"
+    assert cells[2] == ["2, 1", "950", "-", "40.0%", "40.0", "-", "NVIDIA H100", "`no such work on one`"]
+
+
+def test_the_tenth_result_of_a_day_is_newer_than_the_second(tmp_path):
+    result = {"topic": "t", "command": "c", "commit": "c", "gpu": "g", "versions": {}}
+    for name in ("20261127-h100-t", "20261127-h100-t-10", "20261127-h100-t-2", "20261126-h100-t-11"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({**result, "rows": [{"name": name}]}))
+    assert [row["name"] for row in load_rows(tmp_path)] == [
+        "20261126-h100-t-11",
+        "20261127-h100-t",
+        "20261127-h100-t-2",
+        "20261127-h100-t-10",
+    ]
 
 
 def test_training_table():

@@ -91,20 +91,22 @@ def _kernel_backward(
     softmax_scale: float,
     lengths: tuple[int, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Triton's, whose backward takes out and lse as arguments; the public op computes its own
-    from ic_model.ops.mla_prefill.launch import backward
+    # these take out and lse as arguments; the public op computes its own
+    from ic_model.ops.mla_prefill.hopper_launch import gluon_refuses
+    from ic_model.ops.mla_prefill.launch import gradients
     from ic_model.ops.mla_prefill.problem import Problem
 
     starts_q, starts_k = _starts(q, k, lengths)
-    problem = Problem(cu_q=starts_q, cu_k=starts_k, softmax_scale=softmax_scale, causal=bool(lengths))
-    d_q, d_k, d_v = backward(
-        d_out.to(q.dtype)[None],
-        q[None],
-        k[None],
-        v[None],
-        out.to(q.dtype)[None],
-        lse.contiguous()[None],
-        problem,
+    q, k, v = q[None], k[None], v[None]
+    problem = Problem(
+        cu_q=starts_q,
+        cu_k=starts_k,
+        softmax_scale=softmax_scale,
+        causal=bool(lengths),
+        gluon=gluon_refuses(q, k, v) is None,
+    )
+    d_q, d_k, d_v = gradients(
+        d_out.to(q.dtype)[None], q, k, v, out.to(q.dtype)[None], lse.contiguous()[None], problem
     )
     return d_q[0], d_k[0], d_v[0]
 

@@ -143,11 +143,9 @@ def _backward(
     from ic_model.ops.mla_prefill.problem import Problem
 
     q, k, v = _batched(q, k, v)
-    problem = Problem(cu_q=cu_seqlens, cu_k=cu_seqlens, softmax_scale=softmax_scale, causal=True)
-    # the gradients of the kernel for Hopper are added in any order
-    fast = implementation != "triton" and not torch.are_deterministic_algorithms_enabled()
-    fast = fast and gluon_refuses(q, k, v) is None
-    return (launch.backward_gluon if fast else launch.backward)(d_out, q, k, v, out, lse, problem)
+    gluon = implementation != "triton" and gluon_refuses(q, k, v) is None
+    problem = Problem(cu_q=cu_seqlens, cu_k=cu_seqlens, softmax_scale=softmax_scale, causal=True, gluon=gluon)
+    return launch.gradients(d_out, q, k, v, out, lse, problem)
 
 
 @_backward.register_fake

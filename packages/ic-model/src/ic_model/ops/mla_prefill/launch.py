@@ -28,9 +28,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        # that kernel adds in any order
-        fast = ctx.problem.gluon and not torch.are_deterministic_algorithms_enabled()
-        return *(backward_gluon if fast else backward)(grad_outputs[0], q, k, v, out, lse, ctx.problem), None
+        return *gradients(grad_outputs[0], q, k, v, out, lse, ctx.problem), None
 
 
 def mla_prefill(
@@ -121,6 +119,20 @@ def forward(
         num_warps=parameters["num_warps"], num_stages=parameters["num_stages"],
     )  # fmt: skip
     return out, lse
+
+
+def gradients(
+    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    problem: Problem,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """As `backward`, by the kernel for Hopper where the problem names it and PyTorch may be undeterministic.
+
+    Args:
+        d_out, q, k, v, out, lse, problem: of `backward`.
+    """
+    # that kernel adds in any order
+    fast = problem.gluon and not torch.are_deterministic_algorithms_enabled()
+    return (backward_gluon if fast else backward)(d_out, q, k, v, out, lse, problem)
 
 
 def backward(
