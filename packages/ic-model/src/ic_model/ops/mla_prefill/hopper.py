@@ -300,7 +300,11 @@ def forward_hopper_kernel(
     v_full = _barriers(SLOTS, 1)
     k_empty = _barriers(SLOTS, CONSUMERS)
     v_empty = _barriers(SLOTS, CONSUMERS)
-    turns = _barriers(2, 1)
+    # made only where they are used: what nothing waits for ends with its initialisation, and the compiler puts what
+    # it hands to the groups into the same memory, where a late initialisation overwrites it
+    turns = q_full
+    if TURNS:
+        turns = _barriers(2, 1)
 
     seq, block, q_start, q_len = _locate(gl.program_id(0), cu_q_ptr, num_seqs, tokens_q, QUERIES, PACKED)
     k_start = q_start
