@@ -44,6 +44,26 @@ def test_verdicts_and_texts_are_compared_question_by_question(tmp_path, capsys):
     assert (folder / "niah-process.png").read_bytes() == b"process"
 
 
+def test_answers_of_another_machine_are_stated_as_its_own(tmp_path, capsys):
+    words = [*_evaluation(tmp_path / "process", ["1"]), *_evaluation(tmp_path / "server", ["1"])]
+    host = {
+        "commit": "abc",
+        "dirty": None,
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "driver": "580",
+        "versions": {"vllm": "0.26.0"},
+    }
+    (tmp_path / "other.json").write_text(json.dumps({**host, "rows": []}))
+    assert _result(tmp_path, *words, "--measured-on", str(tmp_path / "other.json")) == 0
+    (folder,) = (tmp_path / "results").iterdir()
+    assert "-h100-80gb-hbm3-" in folder.name
+    written = json.loads((folder / "result.json").read_text())
+    assert {field: written[field] for field in host} == host
+    (tmp_path / "other.json").write_text(json.dumps({"gpu": "cpu", "commit": "abc", "dirty": None}))
+    assert _result(tmp_path, *words, "--measured-on", str(tmp_path / "other.json")) == 2
+    assert "other.json is no result: KeyError('driver')" in capsys.readouterr().err
+
+
 def test_of_what_several_folders_have_the_last_one_counts(tmp_path, capsys):
     answers = {"4k": ["1"], "all": ["1", "1"]}
     process, server = [], []

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ic_train.evaluation.report import read_report
-from ic_train.results import new_result_folder, write_result
+from ic_train.results import host_of, new_result_folder, write_result
 
 from bench.cases.preferences import paired_counts
 
@@ -40,14 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=f"--out of `ic-train evaluate` {what}; several are taken for one",
         )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
+    parser.add_argument(
+        "--measured-on",
+        type=Path,
+        metavar="RESULT",
+        help="result.json of the machine that answered, whose device and versions the result states "
+        "(default: this machine's)",
+    )
     options = parser.parse_args(arguments)
     try:
         rows = compared(options.process, options.server)
+        host = None if options.measured_on is None else host_of(options.measured_on)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = new_result_folder(options.results, TOPIC)
-    write_result(folder, TOPIC, rows)
+    folder = new_result_folder(options.results, TOPIC, device=host and host["gpu"])
+    write_result(folder, TOPIC, rows, host=host)
     for place in PLACES:
         # of a task that several have the last one's, as in the rows
         for plot in (plot for part in getattr(options, place) for plot in sorted(part.glob("*.png"))):

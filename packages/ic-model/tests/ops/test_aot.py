@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ic_model.ops import aot
 from ic_model.ops.aot import CHIPS, AotError, AotReport, AotVariant, compile_all, compile_variant
@@ -33,6 +34,17 @@ def double_kernel(x_ptr, out_ptr, BLOCK: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     offsets = gl.arange(0, BLOCK, layout=layout)
     gl.store(out_ptr + offsets, gl.load(x_ptr + offsets) * 2)
+
+
+@gluon.jit
+def barriers_kernel(x_ptr, out_ptr, BLOCK: gl.constexpr, WAITED: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(barriers.index(i), count=1)
+    if WAITED:
+        mbarrier.arrive(barriers.index(0), count=1)
+        mbarrier.wait(barriers.index(0), 0)
+    double_kernel(x_ptr, out_ptr, BLOCK)
 
 
 PRODUCT = AotVariant(
@@ -121,6 +133,13 @@ def test_another_matrix_unit_is_an_error():
     assert compile_variant(replace(PRODUCT, mma="mma.sync"), 80).mma == "mma.sync m16n8k16"
     with pytest.raises(AotError, match=r"matrix unit is mma\.sync m16n8k16, mma asks for wgmma"):
         compile_variant(replace(PRODUCT, mma="wgmma"), 80)
+
+
+def test_a_barrier_that_nothing_waits_for_is_an_error():
+    waited = replace(DOUBLE, function=barriers_kernel, constants={"BLOCK": 256, "WAITED": True})
+    compile_variant(waited, 90)
+    with pytest.raises(AotError, match=r"barrier %barriers\w* is initialised and not used"):
+        compile_variant(replace(waited, constants={"BLOCK": 256, "WAITED": False}), 90)
 
 
 def test_what_does_not_compile_is_an_error():

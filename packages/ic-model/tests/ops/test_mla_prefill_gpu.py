@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -149,6 +152,35 @@ def test_one_packed_sequence_is_dense_for_cudnn(monkeypatch):
         with pytest.raises(ValueError, match="implementation is 'cudnn', which cannot compute"):
             mla_prefill(q, k, v, **options | change, implementation="cudnn")
     assert not taken
+
+
+LAUNCHES = 10_000
+SHARING = f"""
+import torch
+from ic_model.ops.mla_prefill import mla_prefill_dense
+torch.manual_seed(0)
+q, k = (torch.randn(32, 1000, 4, 192, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+v = torch.randn(32, 1000, 4, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+first = mla_prefill_dense(q, k, v, softmax_scale=0.07)
+for _ in range({LAUNCHES} // 100):
+    for _ in range(100):
+        out = mla_prefill_dense(q, k, v, softmax_scale=0.07)
+    assert torch.equal(out, first)
+"""
+
+
+def test_processes_that_share_a_gpu_end():
+    """Time slices end a program's turn anywhere: what is only nearly always in order shows."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SHARING], stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    try:
+        for process in processes:
+            _, said = process.communicate(timeout=180)
+            assert process.returncode == 0, said
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.mark.parametrize("implementation", ["triton", GLUON])

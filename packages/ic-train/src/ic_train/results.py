@@ -10,28 +10,31 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+HOST_FIELDS = ("commit", "dirty", "gpu", "driver", "versions")
 VERSIONED = ("torch", "triton", "transformers", "vllm", "numpy")
 
 
-def new_result_folder(results: Path, topic: str) -> Path:
+def new_result_folder(results: Path, topic: str, *, device: str | None = None) -> Path:
     """Make `results/<yyyymmdd>-<gpu>-<topic>`, with a number behind it where that exists already.
 
     Args:
         results: usually `bench/results`.
         topic: short name, lower-case letters, digits and dashes.
+        device: that measured; None: this machine's.
 
     Raises:
         ValueError: the topic has other characters.
     """
     if not re.fullmatch(r"[a-z0-9-]+", topic):
         raise ValueError(f"topic is {topic!r}; use lower-case letters, digits and dashes")
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower().replace("nvidia ", "")).strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", (device or device_name()).lower().replace("nvidia ", "")).strip("-")
     name = f"{datetime.datetime.now(datetime.UTC):%Y%m%d}-{slug}-{topic}"
     results.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
@@ -44,7 +47,14 @@ def new_result_folder(results: Path, topic: str) -> Path:
     raise AssertionError("unreachable: count never ends")
 
 
-def write_result(folder: Path, topic: str, rows: list[dict[str, Any]], *, seed: int | None = None) -> None:
+def write_result(
+    folder: Path,
+    topic: str,
+    rows: list[dict[str, Any]],
+    *,
+    seed: int | None = None,
+    host: Mapping[str, Any] | None = None,
+) -> None:
     """Write `result.json`; a long measurement may do so after every row.
 
     Args:
@@ -52,6 +62,7 @@ def write_result(folder: Path, topic: str, rows: list[dict[str, Any]], *, seed: 
         topic: the same as there.
         rows: one flat mapping per measurement; raw samples may stand in a list beside the summary.
         seed: of the run.
+        host: of the machine that measured, where that is not this one: what `host_of` says.
 
     Raises:
         ValueError: there are no rows.
@@ -68,9 +79,28 @@ def write_result(folder: Path, topic: str, rows: list[dict[str, Any]], *, seed: 
         "driver": _driver(),
         "versions": versions(),
         "seed": seed,
+        **(host or {}),
         "rows": rows,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def host_of(result: Path) -> dict[str, Any]:
+    """What another result says of its machine and code, for rows that were made of what those measured.
+
+    Args:
+        result: a `result.json`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(result.read_text())
+        return {field: found[field] for field in HOST_FIELDS}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{result} is no result: {error!r}; give a result.json that `bench` or `ic-train` wrote"
+        ) from error
 
 
 def device_name() -> str:

@@ -374,7 +374,7 @@ def _idle_barriers(ttgir: str) -> Iterator[str]:
     """
     # what each line reads, without what it defines
     lines = [re.sub(r"^\s*(%[\w#:]+ = )?", "", line) for line in ttgir.splitlines()]
-    for name in re.findall(r"(%\w+) = ttg\.local_alloc\b[^\n]*memdesc<\d+x1xi64", ttgir):
+    for name in re.findall(r"(%\w+) = ttg\.local_alloc\b[^\n]*memdesc<(?:\d+x)*1xi64", ttgir):
         # itself, where it is handed on whole, and its elements
         names = {name, *re.findall(rf"(%\w+) = ttg\.memdesc_index {name}\[", ttgir)}
         uses = [line for line in lines if names & set(re.findall(r"%\w+", line))]

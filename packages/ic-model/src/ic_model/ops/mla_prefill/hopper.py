@@ -300,8 +300,8 @@ def forward_hopper_kernel(
     v_full = _barriers(SLOTS, 1)
     k_empty = _barriers(SLOTS, CONSUMERS)
     v_empty = _barriers(SLOTS, CONSUMERS)
-    # made only where they are used: what nothing waits for ends with its initialisation, and the compiler puts what
-    # it hands to the groups into the same memory, where a late initialisation overwrites it
+    # made only where they are used: what nothing waits for ends with its initialisation, and the compiler puts
+    # what it hands to the groups into the same memory, where a late initialisation overwrites it
     turns = q_full
     if TURNS:
         turns = _barriers(2, 1)
