@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
@@ -87,6 +88,8 @@ class Server:
         self._tokenizer = tokenizer
         self._api = api
         self._concurrency = concurrency
+        # of all contexts that are asked about together
+        self._slots = asyncio.Semaphore(concurrency)
 
     async def ask(self, context: Context, answered: Answered) -> None:
         """Ask the first question alone, and the others at once: they find the context in the prefix cache."""
@@ -110,12 +113,13 @@ class Server:
         await run_bounded(jobs, concurrency=self._concurrency)
 
     async def _answer(self, context: Context, question: Question) -> str:
-        if self._api == "completions":
-            prompt = _prompt(context, question, self._tokenizer)
-            return await self._client.complete(self._model.name, prompt, max_tokens=question.max_tokens)
-        text = self._tokenizer.decode(context.token_ids) + question.text
-        messages = [{"role": "user", "content": text}]
-        return await self._client.chat(self._model.name, messages, max_tokens=question.max_tokens)
+        async with self._slots:
+            if self._api == "completions":
+                prompt = _prompt(context, question, self._tokenizer)
+                return await self._client.complete(self._model.name, prompt, max_tokens=question.max_tokens)
+            text = self._tokenizer.decode(context.token_ids) + question.text
+            messages = [{"role": "user", "content": text}]
+            return await self._client.chat(self._model.name, messages, max_tokens=question.max_tokens)
 
 
 def _prompt(context: Context, question: Question, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ic_train.evaluation.client import run_bounded
 from ic_train.evaluation.engines import Engine
 from ic_train.evaluation.hard_sets import KINDS, Asked, Fact, HardContext, build_context, short_context
-from ic_train.evaluation.records import hold_settings
+from ic_train.evaluation.records import Records, hold_settings
 from ic_train.evaluation.tasks import Context, Question
 from ic_train.evaluation.wordings import LONGEST_NAME, Wording
 from ic_train.preferences.answers import FAULTS, fault_of, in_right_form, right_answer, wrong_answer
 from ic_train.preferences.store import Writer, write_record
 
+ANSWERS_FILE = "answers.jsonl"
+# of the contexts that a model is asked about at a time: more of them would push each other out of a prefix cache
+_TOKENS_AT_ONCE = 2**17
 # names and numbers of other contexts may take more tokens than those that lengths are reckoned with
 _MARGIN_TOKENS = 16
 
@@ -116,16 +121,15 @@ async def make_pairs(
         _short(plan, replace(made.asked[0], others=(*made.asked[0].others, *more)), seed=0)
     try:
         hold_settings(folder, settings)
-        with Writer(folder, settings["vocab_size"]) as writer:
+        with Writer(folder, settings["vocab_size"]) as writer, Records(folder / ANSWERS_FILE) as answers:
             total = sum(len(group.ids) for group in groups)
             with tqdm(total=total, initial=len(writer.lines), unit="pair") as bar:
-                for group in groups:
-                    bar.set_description(f"{group.kind} {group.context_tokens}")
-                    if missing := [name for name in group.ids if name not in writer.lines]:
-                        await _make(plan, group, engine, writer)
-                        bar.update(len(missing))
+                for _, like in groupby(groups, key=lambda group: (group.kind, group.context_tokens)):
+                    await _make_all(plan, list(like), engine, writer, answers, bar)
                 record = {**settings, **_counts(writer)}
         write_record(folder, record)
+        # what counts of them stands in the pairs
+        (folder / ANSWERS_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be written: {error}; the same command goes on from what is there"
@@ -179,12 +183,48 @@ def _short(plan: PairPlan, asked: Asked, seed: int) -> list[int]:
         ) from None
 
 
-async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Writer) -> None:
-    """Write the pairs of a context that are missing; their contexts stand where they stood."""
-    made = _build(plan, group)
+async def _make_all(
+    plan: PairPlan,
+    groups: list[_Group],
+    engine: Engine | None,
+    writer: Writer,
+    answers: Records,
+    bar: tqdm,
+) -> None:
+    """Write the pairs of these groups that are missing, in their order, whatever the order of a model's answers.
+
+    Args:
+        plan: of all pairs.
+        groups: of one kind and length.
+        engine: see `make_pairs`.
+        writer: of the pairs.
+        answers: by id, each written at once: what was answered is not asked again.
+        bar: of all pairs.
+    """
+    left = [group for group in groups if any(name not in writer.lines for name in group.ids)]
+    waiting = {group.number: group for group in left}
+    done: dict[int, HardContext] = {}
+
+    async def make(group: _Group) -> None:
+        made = _build(plan, group)
+        if engine is not None:
+            await _ask(plan, group, made, engine, writer, answers)
+        done[group.number] = made
+        for number in list(waiting):
+            if number not in done:
+                break
+            first = waiting.pop(number)
+            bar.set_description(f"{first.kind} {first.context_tokens}")
+            bar.update(_write(plan, first, done.pop(number), answers, writer))
+
+    at_once = 1 if engine is None else max(1, _TOKENS_AT_ONCE // groups[0].context_tokens)
+    await run_bounded(((lambda group=group: make(group)) for group in left), concurrency=at_once)
+
+
+def _write(plan: PairPlan, group: _Group, made: HardContext, answers: Records, writer: Writer) -> int:
+    """Write the pairs of a context that are missing; how many. Their contexts stand where they stood."""
     asked = dict(zip(group.ids, made.asked, strict=False))
     missing = [name for name in group.ids if name not in writer.lines]
-    answers = await _ask(plan, made, {name: asked[name] for name in missing}, engine)
     held = next((writer.lines[name]["context"] for name in group.ids if name in writer.lines), None)
     extent = held or writer.add_tokens(made.token_ids)
     elsewhere = {fact.value: fact for fact in made.facts}
@@ -192,9 +232,9 @@ async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Wr
     for name in missing:
         one, place = asked[name], group.ids.index(name)
         rng = np.random.default_rng([plan.seed, KINDS.index(group.kind), group.number, place])
-        fault = fault_of(answers[name], one, elsewhere) if name in answers else None
+        said = answers.by_id[name]["answer"] if name in answers.by_id else ""
+        fault = fault_of(said, one, elsewhere) if name in answers.by_id else None
         if fault:
-            said = answers[name]
             one = _with_taken(one, said, elsewhere)
             text = in_right_form(said, fault, one, elsewhere, plan.wording)
             wrong = _Wrong(text=text, source="model", fault=fault, said=said)
@@ -203,14 +243,16 @@ async def _make(plan: PairPlan, group: _Group, engine: Engine | None, writer: Wr
             wrong = _Wrong(text=wrong_answer(one, plan.wording, fault, rng), source="made", fault=fault)
         short = writer.add_tokens(_short(plan, one, seed=int(rng.integers(2**31))))
         writer.add_pair(_line(plan, group, name, made.depth(one), one, wrong, extent, short))
+    return len(missing)
 
 
 async def _ask(
-    plan: PairPlan, made: HardContext, asked: dict[str, Asked], engine: Engine | None
-) -> dict[str, str]:
-    """A model's answers by id; each may be as long as a right one."""
-    if engine is None:
-        return {}
+    plan: PairPlan, group: _Group, made: HardContext, engine: Engine, writer: Writer, answers: Records
+) -> None:
+    """Keep a model's answers to the questions that have neither a pair nor an answer yet.
+
+    Each may be as long as a right one.
+    """
     questions = [
         Question(
             id=name,
@@ -221,15 +263,15 @@ async def _ask(
             max_tokens=_longest_answer_tokens(plan),
             stop=plan.wording.stop,
         )
-        for name, one in asked.items()
+        for name, one in zip(group.ids, made.asked, strict=False)
+        if name not in writer.lines and name not in answers.by_id
     ]
-    answers: dict[str, str] = {}
 
     def answered(question: Question, answer: str) -> None:
-        answers[question.id] = plan.wording.first_answer(answer)
+        answers.append({"id": question.id, "answer": plan.wording.first_answer(answer)})
 
-    await engine.ask(Context(token_ids=made.token_ids, questions=questions), answered)
-    return answers
+    if questions:
+        await engine.ask(Context(token_ids=made.token_ids, questions=questions), answered)
 
 
 def _with_taken(asked: Asked, said: str, elsewhere: dict[str, Fact]) -> Asked:
