@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = new_result_folder(options.results, TOPIC, device=host and host["gpu"])
+    folder = new_result_folder(options.results, TOPIC, device=host["gpu"] if host else None)
     write_result(folder, TOPIC, rows, host=host)
     for place in PLACES:
         # of a task that several have the last one's, as in the rows
