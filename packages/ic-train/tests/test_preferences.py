@@ -200,6 +200,20 @@ def test_a_server_that_dies_half_way_is_asked_only_for_the_rest(
     assert content(tmp_path / "died") == content(tmp_path / "whole")
 
 
+def test_several_contexts_are_asked_about_at_once_and_written_in_order(
+    tmp_path: Path, haystack: Path
+) -> None:
+    arguments = ["--kinds", "multi", "--pairs", "12", "--pairs-per-context", "2"]
+    most = {}
+    for concurrency in ("1", "3"):
+        with ScriptedServer(scripted, max_model_len=8192) as server:
+            words = [*arguments, "--server", server.url, "--concurrency", concurrency]
+            make(tmp_path / concurrency, haystack, *words)
+            most[concurrency] = server.most_at_once
+    assert most == {"1": 1, "3": 3}
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+
+
 def test_faults_of_a_models_answers() -> None:
     def fact(key: str, value: str, slot: int) -> Fact:
         return Fact(key=key, value=value, sentence=f"\nThe pass key for {key} is {value}.\n", slot=slot)
