@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ic_model.ops.mla_prefill import merge_attention
 from torch import distributed as dist
 
 from ic_train.context_parallel.blocks import block_backward, block_forward
@@ -127,23 +126,25 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, rows: torch.Tensor, up_projection: torch.Tensor, shape: RingShape
     ) -> torch.Tensor:
         # merged in float32: rounding after every hop would add up
-        out = torch.zeros(*q.shape[:2], shape.value_dim, dtype=torch.float32, device=q.device)
-        lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
+        out = torch.empty(*q.shape[:2], shape.value_dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         ring, arrived = shape.ring, rows.contiguous()
         for hop in range(ring.size):
             passing = ring.start_passing(arrived) if hop + 1 < ring.size else None
             pairs = _pairs(shape, hop)
             key, value = expand(arrived, up_projection, shape) if pairs else (arrived, arrived)
-            for pair in pairs:
+            # every query sees itself, in the first hop: those blocks begin its sum, and cover all queries
+            for pair in sorted(pairs, key=lambda pair: not pair.lengths):
                 queries, keys = pair.queries, pair.keys
                 part_out, part_lse = block_forward(
                     *(q[queries], key[keys], value[keys]),
                     softmax_scale=shape.softmax_scale,
                     lengths=pair.lengths,
                 )
-                out[queries], lse[:, queries] = merge_attention(
-                    out[queries], lse[:, queries], part_out, part_lse
-                )
+                if pair.lengths:
+                    out[queries], lse[:, queries] = part_out, part_lse
+                else:
+                    _merge(out[queries], lse[:, queries], part_out, part_lse)
             arrived = arrived if passing is None else ring.finish(passing)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, rows, up_projection, out, lse)
@@ -172,6 +173,13 @@ class _RingAttention(torch.autograd.Function):
         if passing_gradient is not None:
             d_rows = ring.finish(passing_gradient)
         return d_q.to(q.dtype), d_rows.to(rows.dtype), d_up.to(up_projection.dtype), None
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """As `merge_attention`, in place and in few passes over memory: every query of both sides has seen a key."""
+    weight = torch.sigmoid(part_lse - lse)
+    out.lerp_(part_out.float(), weight.T[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _add_hop(

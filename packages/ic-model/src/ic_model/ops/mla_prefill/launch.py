@@ -125,7 +125,7 @@ def gradients(
     d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
     problem: Problem,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """As `backward`, by the kernel for Hopper where the problem names it and PyTorch may be undeterministic.
+    """As `backward`, by the kernel for Hopper where the problem names it and determinism is not asked for.
 
     Args:
         d_out, q, k, v, out, lse, problem: of `backward`.
