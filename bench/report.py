@@ -419,6 +419,13 @@ def engines_table(rows: Sequence[Row]) -> str:
             f"| {row['right_server']} of {asked} | {row['only_process']}, {row['only_server']} "
             f"| {row['same_text']} of {asked} | {row['engine']} | {row['gpu']} | `{row['result']}` |"
         )
+    for gpu in sorted({row["gpu"] for row in newest.values()}):
+        rows = [row for row in newest.values() if row["gpu"] == gpu]
+        other = sum(row["only_process"] + row["only_server"] for row in rows)
+        lines += [
+            "",
+            f"{gpu}: {other:,} of {sum(row['asked'] for row in rows):,} questions have another verdict.",
+        ]
     return "\n".join(lines)
 
 

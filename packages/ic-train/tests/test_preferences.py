@@ -207,8 +207,8 @@ def test_several_contexts_are_asked_about_at_once_and_written_in_order(
     most = {}
     for concurrency in ("1", "3"):
         with ScriptedServer(scripted, max_model_len=8192) as server:
-            words = [*arguments, "--server", server.url, "--concurrency", concurrency]
-            make(tmp_path / concurrency, haystack, *words)
+            flags = ["--server", server.url, "--concurrency", concurrency]
+            make(tmp_path / concurrency, haystack, *arguments, *flags)
             most[concurrency] = server.most_at_once
     assert most == {"1": 1, "3": 3}
     assert content(tmp_path / "1") == content(tmp_path / "3")

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from ic_model.ops.launch import overriding
-from ic_model.ops.mla_prefill import AUTOMATIC_ORDER, merge_attention, mla_prefill, mla_prefill_dense
+from ic_model.ops.mla_prefill import (
+    AUTOMATIC_ORDER,
+    merge_attention,
+    merge_attention_,
+    mla_prefill,
+    mla_prefill_dense,
+)
 from ic_model.testing import assert_close
 
 LENGTHS = (1, 17, 0, 63, 64, 65, 130)
@@ -186,6 +192,20 @@ def test_chunks_merge_into_the_whole(device, dtype, blocks):
     )
     assert_close(out, whole[0], TOLERANCE[dtype])
     assert_close(lse, whole[1], "fp32_attention")
+
+
+def test_merging_in_place_is_merging():
+    out_a, out_b = torch.randn(2, 40, 3, 8)
+    # up to where one side is all there is
+    lse_a, lse_b = torch.randn(2, 3, 40) * 40
+    expected = merge_attention(out_a, lse_a, out_b.bfloat16(), lse_b)
+    # as ring attention has them: some of more tokens
+    out, lse = torch.full((50, 3, 8), 7.0), torch.full((3, 50), 7.0)
+    out[5:45], lse[:, 5:45] = out_a, lse_a
+    merge_attention_(out[5:45], lse[:, 5:45], out_b.bfloat16(), lse_b)
+    assert_close(out[5:45], expected[0], "fp32_peer")
+    assert_close(lse[:, 5:45], expected[1], "fp32_peer")
+    assert (out[:5] == 7).all() and (out[45:] == 7).all() and (lse[:, 45:] == 7).all()
 
 
 def test_merging_with_what_saw_nothing():

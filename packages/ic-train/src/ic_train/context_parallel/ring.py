@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from ic_model.ops.mla_prefill import merge_attention_
 from torch import distributed as dist
 
 from ic_train.context_parallel.blocks import block_backward, block_forward
@@ -144,7 +145,7 @@ class _RingAttention(torch.autograd.Function):
                 if pair.lengths:
                     out[queries], lse[:, queries] = part_out, part_lse
                 else:
-                    _merge(out[queries], lse[:, queries], part_out, part_lse)
+                    merge_attention_(out[queries], lse[:, queries], part_out, part_lse)
             arrived = arrived if passing is None else ring.finish(passing)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, rows, up_projection, out, lse)
@@ -173,13 +174,6 @@ class _RingAttention(torch.autograd.Function):
         if passing_gradient is not None:
             d_rows = ring.finish(passing_gradient)
         return d_q.to(q.dtype), d_rows.to(rows.dtype), d_up.to(up_projection.dtype), None
-
-
-def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """As `merge_attention`, in place and in few passes over memory: every query of both sides has seen a key."""
-    weight = torch.sigmoid(part_lse - lse)
-    out.lerp_(part_out.float(), weight.T[..., None])
-    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _add_hop(

@@ -10,9 +10,9 @@ import torch
 
 from ic_model.ops.dispatch import Implementation, dispatch, kernel_refuses
 from ic_model.ops.mla_prefill import reference, sdpa
-from ic_model.ops.mla_prefill.reference import merge_attention
+from ic_model.ops.mla_prefill.reference import merge_attention, merge_attention_
 
-__all__ = ["merge_attention", "mla_prefill", "mla_prefill_dense"]
+__all__ = ["merge_attention", "merge_attention_", "mla_prefill", "mla_prefill_dense"]
 
 # What is tried, in this order, by compute capability from which on; who cannot take the arguments is passed over.
 # 90: by speed on an NVIDIA H100 (docs/log.md, 2026-11-25). 80 and 89: not measured; PyTorch gives 192/128 to cuDNN

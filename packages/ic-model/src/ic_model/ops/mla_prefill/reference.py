@@ -157,3 +157,22 @@ def merge_attention(
     )
     assert isinstance(out, torch.Tensor)
     return out.to(out_a.dtype), anchor + torch.where(total > 0, total.log(), -torch.inf)
+
+
+def merge_attention_(out: torch.Tensor, lse: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> None:
+    """As `merge_attention`, in place and in fewer operations: every query must have seen a key on both sides.
+
+    The weights of the two sides are then w and 1 - w with w = sigmoid(lse_b - lse).
+
+    Args:
+        out: `[tokens, N, V]` float32; overwritten.
+        lse: `[N, tokens]` float32, natural logarithm, finite; overwritten.
+        out_b: `[tokens, N, V]`.
+        lse_b: as lse.
+
+    Raises:
+        RuntimeError: from PyTorch: the shapes do not belong together, or out is not float32.
+    """
+    weight = torch.sigmoid(lse_b - lse)
+    out.lerp_(out_b.float(), weight.T[..., None])
+    torch.logaddexp(lse, lse_b, out=lse)
