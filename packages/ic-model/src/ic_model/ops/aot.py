@@ -24,6 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ic_model.ops.aot_barriers import idle_barriers
+
 # shared memory that one block can get, with what the driver keeps for itself taken off: CUDA C++ programming
 # guide, technical specifications per compute capability (64, 163, 99 and 227 KiB)
 SHARED_LIMIT_BYTES = {75: 65_536, 80: 166_912, 89: 101_376, 90: 232_448}
@@ -132,7 +134,7 @@ def compile_variant(variant: AotVariant, capability: int) -> AotReport:
     except Exception as error:
         raise AotError(f"{where} does not compile: {type(error).__name__}: {error}") from error
     report = _report(variant, capability, kernel, log, time.perf_counter() - start)
-    wrong = [*_violations(variant, report), *_idle_barriers(kernel.asm.get("ttgir", ""))]
+    wrong = [*_violations(variant, report), *idle_barriers(kernel.asm.get("ttgir", ""))]
     if wrong:
         raise AotError(f"{where} (Triton {report.triton}): {'; '.join(wrong)}", report)
     return report
@@ -363,23 +365,6 @@ def _violations(variant: AotVariant, report: AotReport) -> Iterator[str]:
         other = [kind for kind in report.mma.split(" + ") if not f"{kind} ".startswith(f"{variant.mma} ")]
         if other:
             yield f"matrix unit is {report.mma}, mma asks for {variant.mma}"
-
-
-def _idle_barriers(ttgir: str) -> Iterator[str]:
-    """Barriers in shared memory that are initialised and then used by nothing.
-
-    Their memory is free from then on. What takes it is written by stores, which are not ordered with the
-    initialisation: under time-slicing a late one has overwritten a loop's bound for one warp of a program, which
-    then waited for ever.
-    """
-    # what each line reads, without what it defines
-    lines = [re.sub(r"^\s*(%[\w#:]+ = )?", "", line) for line in ttgir.splitlines()]
-    for name in re.findall(r"(%\w+) = ttg\.local_alloc\b[^\n]*memdesc<(?:\d+x)*1xi64", ttgir):
-        # itself, where it is handed on whole, and its elements
-        names = {name, *re.findall(rf"(%\w+) = ttg\.memdesc_index {name}\[", ttgir)}
-        uses = [line for line in lines if names & set(re.findall(r"%\w+", line))]
-        if all(line.startswith(("ttng.init_barrier", "ttg.memdesc_index")) for line in uses):
-            yield f"barrier {name} is initialised and not used: its memory may be something else's by then"
 
 
 def _line(op: str, capability: int, result: AotReport | AotError) -> str:
