@@ -374,8 +374,11 @@ def aot_table(rows: Sequence[Row]) -> str:
 
 
 def preferences_table(rows: Sequence[Row]) -> str:
-    """Right answers before and after preference training, with the 95 % interval of the gain by Newcombe."""
-    newest = {(row["model"], row["task"], row["context_tokens"], row.get("to_tokens")): row for row in rows}
+    """Right answers before and after preference training, with the 95 % interval of the gain by Newcombe.
+
+    Of a stretch's perplexity, which what follows cannot change, the last row stands: the longest context's.
+    """
+    newest = {(row["model"], row["task"], row.get("to_tokens", row["context_tokens"])): row for row in rows}
     lines = [
         "| task | context, tokens | before | after | gain (95 %) | lost, won | trained at | device | result |",
         "|---|---:|---:|---:|---|---:|---|---|---|",

@@ -16,6 +16,7 @@ def _evaluation(folder, answers, *, context_tokens=4096, question="who?"):
             "reference": "1",
             "answer": answer,
             "correct": "1" in answer,
+            "depth": 0.5,
         }
         for number, answer in enumerate(answers)
     ]
@@ -23,7 +24,6 @@ def _evaluation(folder, answers, *, context_tokens=4096, question="who?"):
     row |= {"context_tokens": context_tokens, "correct": 0, "total": len(samples), "samples": samples}
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps({"rows": [row, {**row, "task": "perplexity"}]}))
-    (folder / "niah.png").write_bytes(folder.name.encode())
     return [f"--{folder.name}", str(folder)]
 
 
@@ -41,8 +41,7 @@ def test_verdicts_and_texts_are_compared_question_by_question(tmp_path, capsys):
     assert "| m | niah | 4,096 | 2 of 4 | 3 of 4 | 0, 1 | 2 of 4 | server |" in engines_table([row])
     assert engines_table([row]).endswith(": 1 of 4 questions have another verdict.")
     (folder,) = (tmp_path / "results").iterdir()
-    assert (folder / "niah-server.png").read_bytes() == b"server"
-    assert (folder / "niah-process.png").read_bytes() == b"process"
+    assert {path.name for path in folder.glob("*.png")} == {"niah-process.png", "niah-server.png"}
 
 
 def test_answers_of_another_machine_are_stated_as_its_own(tmp_path, capsys):
@@ -65,19 +64,28 @@ def test_answers_of_another_machine_are_stated_as_its_own(tmp_path, capsys):
     assert "other.json is no result: KeyError('driver')" in capsys.readouterr().err
 
 
-def test_of_what_several_folders_have_the_last_one_counts(tmp_path, capsys):
-    answers = {"4k": ["1"], "all": ["1", "1"]}
+def test_several_folders_are_one_and_the_last_counts(tmp_path, capsys, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        evaluation_engines, "plot_passkey", lambda rows, path: drawn.update({path.stem: list(rows)})
+    )
+    # the first has a length of its own, and one that the second has with more questions
     process, server = [], []
-    for place, folders in (("process", process), ("server", server)):
-        for part, said in answers.items():
-            (tmp_path / part).mkdir(exist_ok=True)
-            _evaluation(tmp_path / part / place, said)
-            folders.append(str(tmp_path / part / place))
-            (tmp_path / part / place / "niah.png").write_bytes(part.encode())
+    for part, answers, lengths in (("short", ["1"], (4096,)), ("all", ["1", "1"], (4096, 8192))):
+        for place, folders in (("process", process), ("server", server)):
+            for length in lengths if place == "process" else lengths[:1]:
+                folder = tmp_path / f"{part}-{length}" / place
+                folder.parent.mkdir(exist_ok=True)
+                _evaluation(folder, answers, context_tokens=length)
+                folders.append(str(folder))
     assert _result(tmp_path, "--process", *process, "--server", *server) == 0
     assert "2 and    2 of 2 right" in capsys.readouterr().out
-    (folder,) = (tmp_path / "results").iterdir()
-    assert (folder / "niah-server.png").read_bytes() == b"all"
+    assert {
+        stem: [(row["context_tokens"], row["total"]) for row in rows] for stem, rows in drawn.items()
+    } == {
+        "niah-process": [(4096, 2), (8192, 2)],
+        "niah-server": [(4096, 2)],
+    }
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def test_pairs_training_and_evaluations_become_one_result(tmp_path, capfd):
     rows = load_rows(tmp_path / "results")
     assert {row["task"] for row in rows} == {"niah", "distractors", "corrections", "absent", "perplexity"}
     assert all(row["asked"] == 2 for row in rows if row["task"] != "perplexity")
+    assert next((tmp_path / "results").glob("*/preferences.png")).stat().st_size > 10_000
     (screened,) = rows[0]["screened"]
     assert screened["flags"] == rows[0]["training_flags"] == "--max_steps 1 --save_strategy no"
     assert screened["perplexity_ratio"] > 0

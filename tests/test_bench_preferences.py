@@ -41,6 +41,7 @@ def test_right_answers_are_counted_question_by_question(tmp_path, trained, capsy
     assert preferences.main([*words, *trained]) == 0
     assert "1 ->    2 of 4" in capsys.readouterr().out
     row, read = load_rows(tmp_path / "results")
+    assert next((tmp_path / "results").glob("*/preferences.png")).stat().st_size > 10_000
     assert (row["asked"], row["right_before"], row["right_after"]) == (4, 1, 2)
     assert (row["only_before"], row["only_after"]) == (1, 2)
     assert (row["objective"], row["longest_pair_tokens"]) == ("dpo", 1000)

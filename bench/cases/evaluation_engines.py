@@ -11,13 +11,13 @@ same text.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ic_train.evaluation.report import read_report
+from ic_train.evaluation.plots import plot_passkey
+from ic_train.evaluation.report import has_depths, read_report
 from ic_train.results import host_of, new_result_folder, write_result
 
 from bench.cases.preferences import paired_counts
@@ -57,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = new_result_folder(options.results, TOPIC, device=host["gpu"] if host else None)
     write_result(folder, TOPIC, rows, host=host)
     for place in PLACES:
-        # of a task that several have the last one's, as in the rows
-        for plot in (plot for part in getattr(options, place) for plot in sorted(part.glob("*.png"))):
-            shutil.copyfile(plot, folder / f"{plot.stem}-{place}.png")
+        asked = _asked(getattr(options, place)).values()
+        for task in dict.fromkeys(row["task"] for row in rows):
+            if drawn := [row for row in asked if row["task"] == task and has_depths(row)]:
+                plot_passkey(drawn, folder / f"{task}-{place}.png")
     for row in rows:
         print(
             f"{row['task']:12} {row['context_tokens']:>9,} tokens  {row['right_process']:>4} and "
@@ -79,15 +80,7 @@ def compared(process: Sequence[Path], server: Sequence[Path]) -> list[dict[str, 
     Raises:
         ValueError: they asked different questions, or have nothing in common.
     """
-    found = [
-        {
-            (row["task"], row["context_tokens"]): row
-            for folder in folders
-            for row in read_report(folder)
-            if row["task"] != "perplexity"
-        }
-        for folders in (process, server)
-    ]
+    found = [_asked(process), _asked(server)]
     rows = []
     for case, first in found[0].items():
         if (second := found[1].get(case)) is None:
@@ -107,6 +100,16 @@ def compared(process: Sequence[Path], server: Sequence[Path]) -> list[dict[str, 
     if not rows:
         raise ValueError("--process and --server have no task and length in common")
     return rows
+
+
+def _asked(folders: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Rows with questions by task and length; of what several folders have the last one's."""
+    return {
+        (row["task"], row["context_tokens"]): row
+        for folder in folders
+        for row in read_report(folder)
+        if row["task"] != "perplexity"
+    }
 
 
 if __name__ == "__main__":

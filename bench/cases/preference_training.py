@@ -32,7 +32,7 @@ from ic_train.evaluation.command import checkpoint_folder, parse_lengths
 from ic_train.evaluation.report import read_report
 from ic_train.results import new_result_folder, write_result
 
-from bench.cases.preferences import TOPIC, compared
+from bench.cases.preferences import PLOT_FILE, TOPIC, compared, plot
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "packages" / "ic-train" / "recipes" / "ic-nano" / "dpo.yaml"
@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> Path:
     found = {"training_flags": settings[chosen], "screened": screened}
     result = new_result_folder(options.results, TOPIC)
     write_result(result, TOPIC, [{**row, **found} for row in rows], seed=options.seed)
+    plot(rows, result / PLOT_FILE)
     return result
 
 
@@ -203,14 +204,14 @@ def _training(options: argparse.Namespace, model: Path, flags: str, out: Path) -
     words = ["accelerate.commands.launch", "--num_processes", "1"]
     words += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
     on_gpu = options.device.startswith("cuda")
-    # the recipe is for a CPU
     words += ["--mixed_precision", "bf16" if on_gpu else "no", *([] if on_gpu else ["--cpu"])]
     words += ["-m", "ic_train.dpo", "--config", str(options.recipe), "--model", str(model)]
     words += ["--preferences", str(options.work / "pairs"), "--output_dir", str(out)]
     if options.text:
         words += ["--text_corpora", *options.text]
-    if on_gpu:
-        words += ["--use_cpu", "false", "--bf16", "true", "--attn_implementation", "mla_prefill"]
+    if not on_gpu:
+        # the recipes are for a GPU
+        words += ["--use_cpu", "true", "--bf16", "false", "--attn_implementation", "sdpa"]
     return _Step(f"training with {flags!r}", out.with_suffix(".log"), [*words, *shlex.split(flags)])
 
 

@@ -3,7 +3,7 @@
     python -m bench.cases.preferences --before before/evaluation --after after/evaluation --training after
 
 They have to ask the same questions. Rows hold counts, and how many questions each of the two alone got right; with
-perplexity, where both measured it, the mean and its interval.
+perplexity, where both measured it, the mean and its interval. `preferences.png` shows all of it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ic_train.evaluation.passkey import wilson_interval
 from ic_train.evaluation.report import read_report
-from ic_train.results import new_result_folder, write_result
+from ic_train.results import host_of, new_result_folder, write_result
 
 TOPIC = "preferences"
+PLOT_FILE = "preferences.png"
 # of the run, into every row
 _TRAINED = ("objective", "training_pairs", "pairs_per_step")
 
@@ -39,11 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--training", type=Path, required=True, metavar="DIR", help="output folder of ic_train.dpo"
     )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), metavar="DIR")
+    parser.add_argument(
+        "--measured-on",
+        type=Path,
+        metavar="RESULT",
+        help="result.json or report.json of the machine that answered, whose device and versions the result "
+        "states (default: this machine's)",
+    )
     options = parser.parse_args(arguments)
     try:
         rows = compared(options.before, options.after, options.training)
-        folder = new_result_folder(options.results, TOPIC)
-        write_result(folder, TOPIC, rows)
+        host = None if options.measured_on is None else host_of(options.measured_on)
+        folder = new_result_folder(options.results, TOPIC, device=host["gpu"] if host else None)
+        write_result(folder, TOPIC, rows, host=host)
+        plot(rows, folder / PLOT_FILE)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -93,6 +104,74 @@ def compared(before: Sequence[Path], after: Sequence[Path], training: Path) -> l
     if not rows:
         raise ValueError("--before and --after have no task and length in common")
     return rows
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw what was right before and after over the length of the context, a panel per task, and perplexity.
+
+    Args:
+        rows: of `compared`.
+        path: PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(1.2 + 2.7 * len(tasks), 3.3), squeeze=False, layout="constrained"
+    )
+    for panel, task in zip(panels[0], tasks, strict=True):
+        drawn = [row for row in rows if row["task"] == task]
+        if task == "perplexity":
+            # of the longest context, which has every span of the shorter ones
+            longest = max(row["context_tokens"] for row in drawn)
+            drawn = [row for row in drawn if row["context_tokens"] == longest]
+        for place in ("before", "after"):
+            points = sorted(_point(row, place) for row in drawn)
+            tokens, middle, low, high = zip(*points, strict=True)
+            # an interval that ends at its value does so but for rounding
+            errors = [
+                [max(0.0, at - end) for at, end in zip(middle, low, strict=True)],
+                [max(0.0, end - at) for at, end in zip(middle, high, strict=True)],
+            ]
+            panel.errorbar(tokens, middle, errors, marker="o", markersize=4, capsize=3, label=place)
+        panel.set_xscale("log", base=2)
+        ticks = sorted({_point(row, "before")[0] for row in drawn})
+        panel.set_xticks(ticks[:: -(-len(ticks) // 5)])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+        panel.grid(alpha=0.3)
+        if task == "perplexity":
+            panel.set_title("perplexity, 95 % interval", fontsize=10)
+            panel.set_xlabel("up to position, tokens")
+        else:
+            panel.set_title(f"{task}: right, 95 % interval", fontsize=10)
+            panel.set_xlabel("context, tokens")
+            panel.set_ylim(-0.03, 1.03)
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[0][0].legend(fontsize=8)
+    first = rows[0]
+    figure.suptitle(
+        f"{first['model']}, {first['objective']} on {first['training_pairs']:,} pairs of at most "
+        f"{first['longest_pair_tokens']:,} tokens",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _point(row: dict[str, Any], place: str) -> tuple[float, float, float, float]:
+    """Of a row before or after: tokens, and the value with both ends of its 95 % interval."""
+    if row["task"] == "perplexity":
+        return (
+            row["to_tokens"],
+            *(row[f"{name}_{place}"] for name in ("perplexity", "low", "high")),
+        )
+    right = row[f"right_{place}"]
+    return (row["context_tokens"], right / row["asked"], *wilson_interval(right, row["asked"]))
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -83,6 +83,18 @@ def test_half_of_the_names_are_held_out_and_training_never_draws_them() -> None:
     assert 0.46 < sum(drawn) / 2000 < 0.54
 
 
+def test_training_has_values_that_start_with_0_and_evaluation_none() -> None:
+    # ic-nano learnt from pairs without them that such a number is not in the document
+    for held_out in (True, False):
+        facts = [
+            fact
+            for number in range(20)
+            for fact in build(BYTES, "multi", number, held_out=held_out, context_tokens=1500).facts
+        ]
+        share = sum(fact.value[0] == "0" for fact in facts) / len(facts)
+        assert share == 0 if held_out else 0.03 < share < 0.2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_context_says_what_its_questions_are_about(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
     for number in range(3):

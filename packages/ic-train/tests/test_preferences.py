@@ -82,7 +82,7 @@ def test_right_answers_are_right_and_wrong_ones_are_wrong_in_their_way(
             assert wrong is None and "not in the document" in rejected
             continue
         # of the same form as a right one
-        assert rejected.count(wrong) == 2
+        assert re.findall(r"\d+", rejected).count(wrong) == 2
         if fault == "truncated":
             assert values[-1].startswith(wrong) and 2 <= len(wrong) < 5
         elif fault == "invented":

@@ -45,7 +45,7 @@ def write_report(folder: Path, rows: list[dict[str, Any]], *, seed: int) -> str:
     (folder / TABLE_FILE).write_text(table)
     for task in dict.fromkeys(row["task"] for row in rows):
         # a question about several places has no depth
-        drawn = [row for row in rows if row["task"] == task and _has_depths(row)]
+        drawn = [row for row in rows if row["task"] == task and has_depths(row)]
         if drawn:
             plot_passkey(drawn, folder / f"{task}.png")
     return table
@@ -150,5 +150,6 @@ def _difference(first: dict[str, Any] | None, second: dict[str, Any] | None) -> 
     return f"{'' if few else f'{100 * share:+.1f} '}[{100 * low:+.1f}, {100 * high:+.1f}] points"
 
 
-def _has_depths(row: dict[str, Any]) -> bool:
+def has_depths(row: dict[str, Any]) -> bool:
+    """Whether a row's samples say where in the context their answers lay: without that there is no heat map."""
     return any(sample.get("depth") is not None for sample in row.get("samples", []))

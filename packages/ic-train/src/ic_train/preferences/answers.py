@@ -52,7 +52,7 @@ def wrong_answer(asked: Asked, wording: Wording, fault: str, rng: np.random.Gene
         value = asked.fact.value[: int(rng.integers(2, len(asked.fact.value)))]
     else:
         assert fault == "invented", fault
-        while (value := random_digits(rng)) in known or value[0] == "0":
+        while (value := random_digits(rng)) in known:
             pass
     return _made_up(value, asked, wording)
 
