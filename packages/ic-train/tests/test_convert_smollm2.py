@@ -17,7 +17,7 @@ from ic_train.convert.run import convert
 
 # little text, for the time it takes: the committed table has more
 SIZES = WindowSizes(
-    calibration_samples=24, calibration_tokens=256, evaluation_samples=2, evaluation_tokens=512
+    calibration_samples=8, calibration_tokens=256, evaluation_samples=2, evaluation_tokens=256
 )
 
 
