@@ -69,7 +69,7 @@ def test_several_folders_are_one_and_the_last_counts(tmp_path, capsys, monkeypat
     monkeypatch.setattr(
         evaluation_engines, "plot_passkey", lambda rows, path: drawn.update({path.stem: list(rows)})
     )
-    # the first has a length of its own, and one that the second has with more questions
+    # the second has the length of the first with more questions, and in process one of its own
     process, server = [], []
     for part, answers, lengths in (("short", ["1"], (4096,)), ("all", ["1", "1"], (4096, 8192))):
         for place, folders in (("process", process), ("server", server)):
