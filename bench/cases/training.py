@@ -1,7 +1,7 @@
 """What training takes: tokens per second, MFU, utilisation and memory, by the trainer that people run.
 
     python -m bench.cases.training                                  # ic-1b on this GPU, ours beside PyTorch's
-    python -m bench.cases.training --lengths 196608,262144 --implementations ours    # the longest that fits
+    python -m bench.cases.training --lengths 262144,327680 --implementations ours    # the longest that fits
     python -m bench.cases.training --gpus 8 --lengths 131072,524288,1048576 --implementations ours     # a ring
     python -m bench.cases.training --gpus 8 --ring 1 --lengths 8192 --implementations ours    # FSDP2 over 8
     python -m bench.cases.training --lengths 8192 --implementations ours --profile 2    # time by kernel
