@@ -293,6 +293,7 @@ def conversion_keys_table(rows: Sequence[Row]) -> str:
     lengths = sorted({row["context_tokens"] for row in rows})
     header = ["C, R", *(f"{length:,} tokens" for length in lengths), "device", "result"]
     lines = [_markdown(header), _markdown(["---", *["---:"] * len(lengths), "---", "---"])]
+    wrong = other = 0
     # the largest cache first; the source's key is empty
     for (size, gpu), stages in sorted(found.items(), key=lambda item: _size_order(item[0][0])):
         cells = [
@@ -301,7 +302,24 @@ def conversion_keys_table(rows: Sequence[Row]) -> str:
         results = dict.fromkeys(row["result"] for stage in stages.values() for row in stage.values())
         name = size.replace("+", ", ") or "source"
         lines.append(_markdown([name, *cells, gpu, ", ".join(f"`{result}`" for result in results)]))
+        if not size:
+            wrong, other = _other_keys([row for stage in stages.values() for row in stage.values()])
+    if wrong:
+        lines += ["", f"Of the source's {wrong} wrong answers {other} are another key of the same context."]
     return "\n".join(lines)
+
+
+def _other_keys(rows: Sequence[Row]) -> tuple[int, int]:
+    """How many answers were wrong, and how many of these have another key of their context."""
+    wrong = other = 0
+    for row in rows:
+        for sample in row["samples"]:
+            if sample["correct"]:
+                continue
+            keys = {one["expected"] for one in row["samples"] if one["context"] == sample["context"]}
+            wrong += 1
+            other += any(key in sample["answer"] for key in keys - {sample["expected"]})
+    return wrong, other
 
 
 def _size_order(size: str) -> tuple[int, ...]:

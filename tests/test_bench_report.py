@@ -79,7 +79,12 @@ def test_pass_keys_before_and_after_healing_stand_in_one_cell():
         "context_tokens": 512, "correct": 14, "total": 30, "gpu": "H100", "result": "r",
     }  # fmt: skip
     healed = {**row, "model": "s 128+64 healed", "correct": 24}
-    source = {**row, "model": "s", "correct": 29, "gpu": "cpu", "result": "q"}
+    said = [(0, "11111", "11111"), (0, "22222", " 11111."), (1, "33333", " 11111."), (1, "44444", "Who?")]
+    samples = [
+        {"context": context, "expected": key, "answer": answer, "correct": key in answer}
+        for context, key, answer in said
+    ]
+    source = {**row, "model": "s", "correct": 29, "gpu": "cpu", "result": "q", "samples": samples}
     larger = {**row, "model": "s 256+64", "context_tokens": 1024}
     assert _table("conversion-keys source=s", [row, healed, source, larger]) == [
         "| C, R | 512 tokens | 1,024 tokens | device | result |",
@@ -87,7 +92,10 @@ def test_pass_keys_before_and_after_healing_stand_in_one_cell():
         "| source | 29 of 30 | - | cpu | `q` |",
         "| 256, 64 | - | 14 of 30 | H100 | `r` |",
         "| 128, 64 | 14 of 30, 24 of 30 | - | H100 | `r` |",
+        "",
+        "Of the source's 3 wrong answers 1 are another key of the same context.",
     ]
+    assert "another key" not in _table("conversion-keys source=s", [row, healed, larger])[-1]
 
 
 def test_an_evaluation_names_its_tasks_and_perplexity_is_that_of_the_longest_context():

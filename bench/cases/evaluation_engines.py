@@ -24,6 +24,7 @@ from bench.cases.preferences import paired_counts
 
 TOPIC = "evaluation-engines"
 PLACES = ("process", "server")
+_Asked = dict[tuple[str, int], dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,17 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        rows = compared(options.process, options.server)
+        found = {place: _asked(getattr(options, place)) for place in PLACES}
+        rows = compared(*found.values())
         host = None if options.measured_on is None else host_of(options.measured_on)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = new_result_folder(options.results, TOPIC, device=host["gpu"] if host else None)
     write_result(folder, TOPIC, rows, host=host)
-    for place in PLACES:
-        asked = _asked(getattr(options, place)).values()
+    for place, asked in found.items():
         for task in dict.fromkeys(row["task"] for row in rows):
-            if drawn := [row for row in asked if row["task"] == task and has_depths(row)]:
+            if drawn := [row for row in asked.values() if row["task"] == task and has_depths(row)]:
                 plot_passkey(drawn, folder / f"{task}-{place}.png")
     for row in rows:
         print(
@@ -70,20 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def compared(process: Sequence[Path], server: Sequence[Path]) -> list[dict[str, Any]]:
+def compared(process: _Asked, server: _Asked) -> list[dict[str, Any]]:
     """A row per task and length that both have.
 
     Args:
-        process: folders of evaluations by transformers, each with suites or lengths of its own.
+        process: of evaluations by transformers, rows by task and length.
         server: the same questions behind a server.
 
     Raises:
         ValueError: they asked different questions, or have nothing in common.
     """
-    found = [_asked(process), _asked(server)]
     rows = []
-    for case, first in found[0].items():
-        if (second := found[1].get(case)) is None:
+    for case, first in process.items():
+        if (second := server.get(case)) is None:
             continue
         texts = [{sample["id"]: sample["answer"] for sample in row["samples"]} for row in (first, second)]
         rows.append(
@@ -102,7 +102,7 @@ def compared(process: Sequence[Path], server: Sequence[Path]) -> list[dict[str, 
     return rows
 
 
-def _asked(folders: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]:
+def _asked(folders: Sequence[Path]) -> _Asked:
     """Rows with questions by task and length; of what several folders have the last one's."""
     return {
         (row["task"], row["context_tokens"]): row

@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         host = None if options.measured_on is None else host_of(options.measured_on)
         folder = new_result_folder(options.results, TOPIC, device=host["gpu"] if host else None)
         write_result(folder, TOPIC, rows, host=host)
-        plot(rows, folder / PLOT_FILE)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    plot(rows, folder / PLOT_FILE)
     for row in rows:
         if row["task"] == "perplexity":
             change = (
