@@ -19,6 +19,8 @@ class ScriptedServer:
     Args:
         answer: the text for a request's body.
         fails: for the number of a request (from 0), None, a status with a body, or "hang up".
+        together: so many requests have to be in at once before any is answered, however slow the machine; for
+            clients that are to ask so many at once. A client that never does is answered after 10 seconds each.
         port: 0 for any free one.
         model: fields of what /v1/models says, as max_model_len.
     """
@@ -27,6 +29,7 @@ class ScriptedServer:
         self,
         answer: Callable[[dict[str, Any]], str],
         fails: Failure = lambda number: None,
+        together: int = 1,
         port: int = 0,
         **model: Any,
     ):
@@ -34,6 +37,7 @@ class ScriptedServer:
         self.requests: list[dict[str, Any]] = []
         self.answered: list[dict[str, Any]] = []
         self.most_at_once = self._at_once = 0
+        self._together, self._were_together = together, threading.Event()
         self._lock = threading.Lock()
         self._model = {"id": "scripted", "object": "model", "owned_by": "tests", "created": 0, **model}
         self._http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -66,6 +70,8 @@ class ScriptedServer:
                     server.requests.append(body)
                     server._at_once += 1
                     server.most_at_once = max(server.most_at_once, server._at_once)
+                    if server._at_once >= server._together:
+                        server._were_together.set()
                 try:
                     self._answer(body, server.fails(number))
                 finally:
@@ -80,7 +86,8 @@ class ScriptedServer:
                     assert isinstance(failure, tuple)
                     self._send(*failure)
                     return
-                # long enough for the others to come in
+                server._were_together.wait(timeout=10)
+                # long enough for those who would be too many to come in
                 time.sleep(0.005)
                 text = server.answer(body)
                 chat = {"message": {"role": "assistant", "content": text}}

@@ -206,7 +206,7 @@ def test_several_contexts_are_asked_about_at_once_and_written_in_order(
     arguments = ["--kinds", "multi", "--pairs", "12", "--pairs-per-context", "2"]
     most = {}
     for concurrency in ("1", "3"):
-        with ScriptedServer(scripted, max_model_len=8192) as server:
+        with ScriptedServer(scripted, together=int(concurrency), max_model_len=8192) as server:
             flags = ["--server", server.url, "--concurrency", concurrency]
             make(tmp_path / concurrency, haystack, *arguments, *flags)
             most[concurrency] = server.most_at_once

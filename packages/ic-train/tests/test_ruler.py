@@ -264,7 +264,7 @@ def test_a_run_is_reported_and_resumed_like_any_other(
     with ScriptedServer(reader, lambda number: "hang up" if number >= 9 else None) as server:
         assert run(server, folder, tmp_path, *suite, "--retries", "0") == 1
     assert len(server.answered) == 9
-    with ScriptedServer(reader, max_model_len=2048) as again:
+    with ScriptedServer(reader, together=2, max_model_len=2048) as again:
         assert run(again, folder, tmp_path, *suite) == 0
         assert len(again.requests) == 15
         # other lengths, suites and tasks may come to it
