@@ -82,9 +82,9 @@ def test_padding_and_nothing_added(tokenizer: PreTrainedTokenizerBase) -> None:
 )
 def test_a_million_characters_take_seconds(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     text = text[:1_000_000]
-    start = time.perf_counter()
+    start = time.process_time()
     ids = tokenizer(text, verbose=False).input_ids
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert bytes(ids) == text.encode()
     # about one second; a quadratic tokenizer takes minutes
     assert seconds < 15

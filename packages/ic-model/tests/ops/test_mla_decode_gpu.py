@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_mla_decode import FP8, check, problem
 
+from ic_model.ops.launch import overriding
 from ic_model.ops.mla_decode import mla_decode
 from ic_model.testing import assert_close
 
@@ -36,10 +37,11 @@ def test_the_models_sizes(implementation, rank, heads, kv_dtype):
 
 
 @pytest.mark.parametrize("query_tokens", [2, 4, 8])
+@pytest.mark.parametrize("heads", [5, 32])
 @pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
-def test_query_tokens(implementation, query_tokens, kv_dtype):
+def test_query_tokens(implementation, query_tokens, heads, kv_dtype):
     lens = [max(length, query_tokens) if length else 0 for length in LENS]
-    made = model_problem(lens, rank=256, heads=5, query_tokens=query_tokens, kv_dtype=kv_dtype)
+    made = model_problem(lens, rank=256, heads=heads, query_tokens=query_tokens, kv_dtype=kv_dtype)
     check(made, implementation)
 
 
@@ -56,10 +58,27 @@ def test_many_tiles_per_program(implementation, rank, heads, kv_dtype):
 
 @pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
 @pytest.mark.parametrize("heads", [32, 128])
-def test_a_query_in_two_tensors(implementation, heads, kv_dtype):
-    made = model_problem(LENS, rank=512, heads=heads, kv_dtype=kv_dtype)
+@pytest.mark.parametrize("rank", [256, 512])
+def test_a_query_in_two_tensors(implementation, rank, heads, kv_dtype):
+    made = model_problem(LENS, rank=rank, heads=heads, kv_dtype=kv_dtype)
     for left, right in zip(made.apart(64).run(implementation), made.run(implementation), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize(("heads", "query_tokens"), [(128, 1), (32, 4), (48, 3)])
+def test_two_crews_of_rows(heads, query_tokens, slots):
+    """The form for many rows, which nothing chooses by itself yet; rings go round many times."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel for Hopper needs one")
+    for lens in (LENS, torch.randint(3000, 9000, (64,)).tolist()):
+        lens = [max(length, query_tokens) if length else 0 for length in lens]
+        made = model_problem(lens, rank=256, heads=heads, query_tokens=query_tokens)
+        with overriding("mla_decode", {"block_rows": 128, "slots": slots}, kernel="hopper"):
+            for _ in range(3):
+                check(made, "hopper")
+            first, again = made.run("hopper"), made.run("hopper")
+        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("page_tokens", [64, 256])
@@ -72,8 +91,9 @@ def test_a_large_batch(implementation):
     check(model_problem(lens, rank=256), implementation)
 
 
-def test_equal_bits_every_time(implementation):
-    made = model_problem(LENS, rank=512, heads=32)
+@pytest.mark.parametrize(("rank", "heads"), [(512, 32), (256, 128)])
+def test_equal_bits_every_time(implementation, rank, heads):
+    made = model_problem(LENS, rank=rank, heads=heads)
     first = made.run(implementation)
     for _ in range(5):
         for left, right in zip(first, made.run(implementation), strict=True):

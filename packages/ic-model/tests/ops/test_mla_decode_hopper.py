@@ -1,4 +1,4 @@
-"""The kernel of decoding for Hopper on the CPU; what that checks, and what not, says hopper_emulation.py."""
+"""The kernels of decoding for Hopper on the CPU; what that checks, and what not, says hopper_emulation.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gluon_emulation import GL
 from hopper_emulation import REPLACED, EmulatedHopper, Ring, advance, barriers, copy_tile, patch_language
 from test_mla_decode import FP8, check, problem
 
-from ic_model.ops.mla_decode import hopper, launch
+from ic_model.ops.mla_decode import hopper, hopper_rows, launch
 
 pytestmark = pytest.mark.interpreter
 
@@ -24,7 +24,7 @@ def ring(dtype, slots, step, parts, columns):
 
 @pytest.fixture
 def decode(monkeypatch):
-    """Check a problem with the kernel's stand-in."""
+    """Check a problem with the kernels' stand-ins."""
     patch_language(monkeypatch)
     monkeypatch.setattr(GL, "float8e4nv", np.dtype("uint8"), raising=False)
     monkeypatch.setattr(GL, "static_assert", lambda held, said: None, raising=False)
@@ -34,13 +34,14 @@ def decode(monkeypatch):
     replaced = {
         **REPLACED,
         "advance": advance,
-        "_ring": ring,
+        "tile_ring": ring,
         "ring_barriers": lambda slots, readers: (barriers(slots, 1), barriers(slots, readers)),
         "async_load": copy_tile,
         "gdc_wait": lambda: None,
         "gdc_launch_dependents": lambda: None,
     }
-    monkeypatch.setattr(hopper, "decode_hopper_kernel", EmulatedHopper(hopper.decode_hopper_kernel, replaced))
+    for module, name in ((hopper, "decode_hopper_kernel"), (hopper_rows, "decode_hopper_rows_kernel")):
+        monkeypatch.setattr(module, name, EmulatedHopper(getattr(module, name), replaced))
     monkeypatch.setattr(launch, "hopper_refuses", lambda *args, **others: None)
 
     def run(made, **changed):
@@ -63,7 +64,7 @@ def latent_problem(lens, **options):
     return problem(lens, device="cpu", dtype=torch.float16, rope_dim=64, page_tokens=64, **options)
 
 
-@pytest.mark.parametrize("block_rows", [16, 32, 64])
+@pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("query_tokens", [1, 5])
 def test_lengths(decode, block_rows, query_tokens):
     """Lengths about tiles, an empty sequence, more rows than a block and fewer, splits and whole sequences."""
@@ -71,7 +72,7 @@ def test_lengths(decode, block_rows, query_tokens):
     decode(made, block_rows=block_rows)
 
 
-@pytest.mark.parametrize("block_rows", [16, 64])
+@pytest.mark.parametrize("block_rows", [16, 64, 128])
 def test_a_query_in_two_tensors(decode, block_rows):
     decode(latent_problem([65, 0, 200], heads=13, query_tokens=2).apart(), block_rows=block_rows)
 
@@ -80,6 +81,13 @@ def test_a_query_in_two_tensors(decode, block_rows):
 @pytest.mark.parametrize("slots", [1, 3])
 def test_rings_of_any_size(decode, slots, messages):
     decode(latent_problem([500, 130]), slots=slots, messages=messages)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("heads", [12, 48])
+def test_two_crews_of_rows(decode, heads, slots):
+    """Rows of one crew and of three; queries that see a tile more or less than their neighbours."""
+    decode(latent_problem([500, 130, 3, 66], heads=heads, query_tokens=4), block_rows=128, slots=slots)
 
 
 @pytest.mark.parametrize("query_tokens", [1, 4])

@@ -9,8 +9,10 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from ic_model.ops.aot import AotVariant
 from ic_model.ops.launch import launch_parameters
 from ic_model.ops.mla_decode.hopper import decode_hopper_kernel
+from ic_model.ops.mla_decode.hopper_rows import decode_hopper_rows_kernel
 from ic_model.ops.mla_decode.kernel import combine_kernel, decode_kernel
 from ic_model.ops.mla_decode.launch import (
+    CREW_ROWS,
     OP,
     ROPE_DIM,
     Split,
@@ -23,8 +25,8 @@ from ic_model.ops.mla_decode.turing import aot_variants
 PAGE_TOKENS = 64
 BLOCK_SEQS = 32
 PROCESSORS = {75: 40, 80: 108, 89: 128, 90: 132}
-# (kv_lora_rank, rows): ic-1b, DeepSeek-V3 on eight GPUs and on one
-SHAPES = ((256, 32), (512, 16), (512, 128))
+# (kv_lora_rank, rows): ic-1b with one query token and with four, DeepSeek-V3 on eight GPUs and on one
+SHAPES = ((256, 32), (256, 128), (512, 16), (512, 128))
 # offsets of queries and results while they wait for the next sequence: not in the loop over tiles
 MAX_SPILL_BYTES = 512
 
@@ -43,6 +45,9 @@ def variants(capability: int) -> list[AotVariant]:
             found.append(_plain(capability, kv_lora_rank, rows, element))
         if capability == 90:
             found += [_hopper(kv_lora_rank, rows, element, kv) for kv in (element, "fp8e4nv")]
+    if capability == 90:
+        # launched only where it is asked for: no GPU has run it yet
+        found.append(_hopper(256, 128, element, element, block_rows=2 * CREW_ROWS, slots=3))
     for batch in (1, 128):
         found.append(_combine(capability, batch, element))
     return found + (aot_variants(capability) if capability == 75 else [])
@@ -70,12 +75,12 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
     )
 
 
-def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
+def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int) -> AotVariant:
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
     parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
-    signature = _signature(
-        decode_hopper_kernel, {"q_ptr": element, "q_rope_ptr": element, "out_ptr": element}
-    )
+    parameters |= changes
+    kernel = decode_hopper_rows_kernel if parameters["block_rows"] > CREW_ROWS else decode_hopper_kernel
+    signature = _signature(kernel, {"q_ptr": element, "q_rope_ptr": element, "out_ptr": element})
     constants = hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS, kv_bytes)
     blocks = descriptor_blocks(kv_lora_rank, kv_bytes, constants)
     for name, (block, swizzle) in zip(("latent_desc", "rope_desc"), blocks, strict=True):
@@ -83,8 +88,8 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str) -> AotVariant:
         signature[name] = f"tensordesc<{kv}{block},{layout!r}>"
     registers = parameters["max_registers"]
     return AotVariant(
-        name=f"hopper {row_dim}, {rows} rows, {kv}",
-        function=decode_hopper_kernel,
+        name=f"hopper {row_dim}, {rows} rows, {kv}" + (", two crews of rows" if changes else ""),
+        function=kernel,
         signature=signature,
         constants=constants | {"BLOCK_SEQS": BLOCK_SEQS, "PDL": True},
         num_warps=parameters["num_warps"],

@@ -15,22 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ic_model.ops.mla_decode.hopper_attend import scores, values
-from ic_model.ops.mla_decode.hopper_copy import produce, widen
+from ic_model.ops.mla_decode.hopper_copy import produce, tile_ring, widen
 from ic_model.ops.mla_decode.hopper_list import ring_barriers
-
-
-@gluon.jit
-def _ring(
-    dtype: gl.constexpr, SLOTS: gl.constexpr, STEP: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr
-):
-    """Shared memory for tiles: latent columns in parts, and rope columns."""
-    WIDTH: gl.constexpr = dtype.primitive_bitwidth
-    swizzle: gl.constexpr = min(COLUMNS * WIDTH // 8, 128)
-    rope_swizzle: gl.constexpr = 64 * WIDTH // 8
-    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle, WIDTH, 2)
-    rope_layout: gl.constexpr = gl.NVMMASharedLayout(rope_swizzle, WIDTH, 2)
-    latent = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, STEP, COLUMNS], layout)
-    return latent, gl.allocate_shared_memory(dtype, [SLOTS, STEP, 64], rope_layout)
 
 
 @gluon.jit
@@ -57,10 +43,10 @@ def decode_hopper_kernel(
     weights = gl.allocate_shared_memory(dtype, [MESSAGES, M, N], weights_layout)
     factors = gl.allocate_shared_memory(gl.float32, [MESSAGES, BLOCK_ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told, heard = ring_barriers(MESSAGES, PARTS)
-    ring_latent, ring_rope = _ring(latent_desc.dtype, SLOTS, STEP, PARTS, COLUMNS)
+    ring_latent, ring_rope = tile_ring(latent_desc.dtype, SLOTS, STEP, PARTS, COLUMNS)
     if FP8:
         ring_full, ring_empty = ring_barriers(SLOTS, 1)
-        latent, rope = _ring(dtype, WIDE_SLOTS, TILE, PARTS, COLUMNS)
+        latent, rope = tile_ring(dtype, WIDE_SLOTS, TILE, PARTS, COLUMNS)
         full, empty = ring_barriers(WIDE_SLOTS, PARTS)
     else:
         latent, rope = ring_latent, ring_rope

@@ -21,30 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ic_model.ops.hopper_softmax import NEG_INF, clear_rows
 from ic_model.ops.mla_decode.hopper_list import advance, segment, work_list
 
 # Triton 3.9 has renamed it, and 3.6 to 3.8 have the old name only
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 LN_2 = gl.constexpr(0.6931471805599453)
-NEG_INF = gl.constexpr(float("-inf"))
 
 
 @gluon.jit
-def _clear_rows(buffer, valid):
-    """Zero the rows from `valid` on: what lies there may be NaN, and 0 * NaN is NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    TILE: gl.constexpr = buffer.shape[0]
-    COLUMNS: gl.constexpr = buffer.shape[1]
-    rows = gl.arange(0, TILE, layout=gl.SliceLayout(1, layout))
-    for column in gl.static_range(0, COLUMNS, 64):
-        part = buffer.slice(column, 64, 1)
-        values = part.load(layout)
-        part.store(gl.where((rows < valid)[:, None], values, gl.zeros_like(values)))
-
-
-@gluon.jit
-def _load_queries(
+def load_queries(
     q_ptr, q_rope_ptr, q_latent, q_rope, row_block, num_rows, num_heads,
     stride_t, stride_n, rope_stride_t, rope_stride_n,
 ):
@@ -132,7 +119,7 @@ def scores(
         seq, seq_start, length = segment(seqs, lens, seq_tiles, ends, tile)
         seq_end = seq_start + (length + TILE - 1) // TILE
         segment_end = gl.minimum(share_end, seq_end)
-        _load_queries(
+        load_queries(
             q_ptr + seq.to(gl.int64) * q_stride_b, q_rope_ptr + seq.to(gl.int64) * rope_stride_b,
             q_latent, q_rope, row_block, num_rows, num_heads,
             q_stride_t, q_stride_n, rope_stride_t, rope_stride_n,
@@ -159,7 +146,7 @@ def scores(
             largest = new_largest
             if valid < TILE:
                 for part in gl.static_range(PARTS):
-                    _clear_rows(latent.index(slot * PARTS + part), valid)
+                    clear_rows(latent.index(slot * PARTS + part), valid)
             mbarrier.wait(heard.index(message), message_phase ^ 1)
             weights.index(message).store(weight.to(weights.dtype))
             factors.index(message).store(decay)

@@ -13,6 +13,20 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
+def tile_ring(
+    dtype: gl.constexpr, SLOTS: gl.constexpr, STEP: gl.constexpr, PARTS: gl.constexpr, COLUMNS: gl.constexpr
+):
+    """Shared memory for tiles: latent columns in parts, and rope columns."""
+    WIDTH: gl.constexpr = dtype.primitive_bitwidth
+    swizzle: gl.constexpr = min(COLUMNS * WIDTH // 8, 128)
+    rope_swizzle: gl.constexpr = 64 * WIDTH // 8
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle, WIDTH, 2)
+    rope_layout: gl.constexpr = gl.NVMMASharedLayout(rope_swizzle, WIDTH, 2)
+    latent = gl.allocate_shared_memory(dtype, [SLOTS * PARTS, STEP, COLUMNS], layout)
+    return latent, gl.allocate_shared_memory(dtype, [SLOTS, STEP, 64], rope_layout)
+
+
+@gluon.jit
 def produce(
     latent_desc, rope_desc, table_ptr, lens_ptr, num_seqs, table_stride, page_rows,
     latent_ring, rope_ring, full, empty,

@@ -19,6 +19,8 @@ OP = "mla_decode"
 ROPE_DIM = 64
 # tokens per tile of the kernel for Hopper: what one instruction of a warpgroup takes
 HOPPER_TILE_TOKENS = 64
+# query rows that one crew of the kernels for Hopper takes; more are for two
+CREW_ROWS = 64
 # of the kernel that combines, per multiprocessor
 COMBINE_PROGRAMS = 4
 # the interpreter has no multiprocessors; a few programs show the splitting
@@ -220,6 +222,7 @@ def mla_decode_hopper(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to paged latent rows with the Gluon kernel for Hopper; see `mla_decode` for arguments and result."""
     from ic_model.ops.mla_decode.hopper import decode_hopper_kernel
+    from ic_model.ops.mla_decode.hopper_rows import decode_hopper_rows_kernel
 
     q, q_rope = _parts(q, q_rope, kv_lora_rank)
     batch, query_tokens, heads, _ = q.shape
@@ -232,10 +235,12 @@ def mla_decode_hopper(
         parameters, query_tokens, kv_lora_rank, kv_cache.shape[1], kv_cache.element_size()
     )
 
+    kernel = decode_hopper_rows_kernel if split.block_rows > CREW_ROWS else decode_hopper_kernel
+
     def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if parameters["max_registers"]:
             options = {**options, "maxnreg": parameters["max_registers"]}
-        decode_hopper_kernel[(split.programs, split.row_blocks)](
+        kernel[(split.programs, split.row_blocks)](
             *_descriptors(kv_cache, kv_lora_rank, constants),
             q,
             q_rope,
@@ -264,18 +269,25 @@ def mla_decode_hopper(
 def hopper_constants(
     parameters: dict[str, int], query_tokens: int, kv_lora_rank: int, page_tokens: int, kv_bytes: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of the kernel for Hopper that do not depend on the batch."""
-    return {
+    """The compile-time arguments of a kernel for Hopper that do not depend on the batch: `hopper.py`'s with up to
+    64 rows, else `hopper_rows.py`'s.
+    """
+    shared = {
         "QUERY_TOKENS": query_tokens,
         "C": kv_lora_rank,
         "PAGE_TOKENS": page_tokens,
         "BLOCK_ROWS": parameters["block_rows"],
         "TILE": HOPPER_TILE_TOKENS,
+        "SLOTS": parameters["slots"],
+    }
+    if parameters["block_rows"] > CREW_ROWS:
+        return shared
+    return {
+        **shared,
         # fp8 tiles come in halves
         "STEP": HOPPER_TILE_TOKENS * kv_bytes // 2,
         # with 64 rows the sums of 256 columns are what the registers of four warps hold
-        "PARTS": 2 if parameters["block_rows"] >= 64 and kv_lora_rank > 256 else 1,
-        "SLOTS": parameters["slots"],
+        "PARTS": 2 if parameters["block_rows"] >= CREW_ROWS and kv_lora_rank > 256 else 1,
         "WIDE_SLOTS": parameters["wide_slots"],
         "MESSAGES": parameters["messages"],
         "VALUE_REGISTERS": parameters["value_registers"],
@@ -286,8 +298,9 @@ def descriptor_blocks(
     kv_lora_rank: int, element_bytes: int, constants: Mapping[str, Any]
 ) -> list[tuple[list[int], int]]:
     """Block shape and swizzle, in bytes, of the descriptors for latent and rope columns."""
-    widths = (kv_lora_rank // constants["PARTS"], ROPE_DIM)
-    return [([constants["STEP"], columns], min(columns * element_bytes, 128)) for columns in widths]
+    widths = (kv_lora_rank // constants.get("PARTS", 1), ROPE_DIM)
+    rows = constants.get("STEP", constants["TILE"])
+    return [([rows, columns], min(columns * element_bytes, 128)) for columns in widths]
 
 
 def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int, constants: Mapping[str, Any]) -> list[Any]:

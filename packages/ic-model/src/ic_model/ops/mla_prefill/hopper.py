@@ -13,16 +13,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from ic_model.ops.hopper_softmax import NEG_INF, clear_rows, weigh
 
 LN_2 = gl.constexpr(0.6931471805599453)
-NEG_INF = gl.constexpr(float("-inf"))
 # what changes from batch to batch: otherwise each would compile anew for a number that 16 divides, and for 1
 UNSPECIALIZED = (
     "num_seqs", "tokens_q", "tokens_k", "q_batch_rows", "k_batch_rows", "v_batch_rows",
@@ -106,29 +101,6 @@ def _score(q_0, q_1, k_0, k_1, layout: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(
-    scores, largest, total, scale_log2, last_seen, dtype: gl.constexpr, layout: gl.constexpr, MASKED: gl.constexpr,
-):
-    """The online softmax of one tile: its weights, and the running maximum, sum and decay of what came before.
-
-    Key i of the tile is seen by the queries whose `last_seen` is at least i; read only where MASKED.
-    """
-    if MASKED:
-        KEYS: gl.constexpr = scores.shape[1]
-        keys = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
-        scores = gl.where(keys[None, :] <= last_seen[:, None], scores, NEG_INF)
-    new_largest = gl.maximum(largest, gl.max(scores, 1) * scale_log2)
-    anchor = new_largest
-    if MASKED:
-        # a query that has seen nothing yet keeps -inf; subtracting 0 instead avoids inf - inf
-        anchor = gl.where(new_largest == NEG_INF, 0.0, new_largest)
-    decay = gl.exp2(largest - anchor)
-    weights = gl.exp2(scores * scale_log2 - anchor[:, None])
-    total = total * decay + gl.sum(weights, 1)
-    return gl.convert_layout(weights.to(dtype), layout), new_largest, total, decay
-
-
-@gluon.jit
 def _step(
     q_0, q_1, k_0, k_1, k_full, k_empty, v, v_full, v_empty, slot, phase, last_slot, last_phase,
     weights, largest, total, out, scale_log2, last_seen, turns, turn,
@@ -153,7 +125,7 @@ def _step(
         mbarrier.arrive(turns.index(1 - PART), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    new_weights, largest, total, decay = _weigh(
+    new_weights, largest, total, decay = weigh(
         scores, largest, total, scale_log2, last_seen, dtype, weights_layout, MASKED
     )
     # the product reads the old weights from registers until it is done; naming the new ones asks the compiler
@@ -162,22 +134,6 @@ def _step(
     mbarrier.arrive(v_empty.index(last_slot), count=1)
     out = out * gl.convert_layout(decay, gl.SliceLayout(1, out.type.layout))[:, None]
     return new_weights, largest, total, out
-
-
-@gluon.jit
-def _clear_rows(buffer, valid):
-    """Zero the rows from `valid` on: what lies there may be NaN, and 0 * NaN is NaN."""
-    ROWS: gl.constexpr = buffer.shape[0]
-    COLUMNS: gl.constexpr = buffer.shape[1]
-    WARPS: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    for column in gl.static_range(0, COLUMNS, 64):
-        part = buffer.slice(column, 64, 1)
-        values = part.load(layout)
-        part.store(gl.where((rows < valid)[:, None], values, gl.zeros_like(values)))
-        # before any barrier that comes after the store: the tensor cores read what other warps wrote
-        fence_async_shared()
 
 
 @gluon.jit
@@ -211,7 +167,7 @@ def _consumer(
     mbarrier.arrive(k_empty.index(0), count=1)
     largest = gl.full([QUERIES], NEG_INF, gl.float32, gl.SliceLayout(1, score_layout))
     total = gl.zeros([QUERIES], gl.float32, gl.SliceLayout(1, score_layout))
-    weights, largest, total, _ = _weigh(
+    weights, largest, total, _ = weigh(
         scores, largest, total, scale_log2, last_seen, dtype, weights_layout, True
     )
     out = gl.zeros([QUERIES, V_DIM], gl.float32, out_layout)
@@ -241,7 +197,7 @@ def _consumer(
     # no tile but the last one reaches past the sequence; each consumer clears for itself, with the same numbers
     valid = k_len - (tiles - 1) * KEYS
     if valid < KEYS:
-        _clear_rows(v.index(last_slot), valid)
+        clear_rows(v.index(last_slot), valid)
     out = warpgroup_mma(weights, v.index(last_slot), out, is_async=True)
     out, weights = warpgroup_mma_wait(0, deps=[out, weights])
 

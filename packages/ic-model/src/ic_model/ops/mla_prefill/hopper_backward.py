@@ -27,7 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ic_model.ops.mla_prefill.hopper import _advance, _barriers, _clear_rows, _copy_tile, _locate
+from ic_model.ops.hopper_softmax import clear_rows
+from ic_model.ops.mla_prefill.hopper import _advance, _barriers, _copy_tile, _locate
 
 # what changes from batch to batch: otherwise each would compile anew for a number that 16 divides, and for 1
 UNSPECIALIZED = (
@@ -136,9 +137,9 @@ def _step(
         # what lies past the sequence may be NaN, and 0 * NaN is NaN; each consumer clears with the same numbers
         valid = q_len - first_query
         if valid < SIDE:
-            _clear_rows(q_0, valid)
-            _clear_rows(q_1, valid)
-            _clear_rows(d_out, valid)
+            clear_rows(q_0, valid)
+            clear_rows(q_1, valid)
+            clear_rows(d_out, valid)
     scores = sums.slice(0, 1, 0).load(layout).broadcast_to([SIDE, SIDE])
     scores = warpgroup_mma(k_0.index(part), q_0.permute([1, 0]), scores, is_async=True)
     scores = warpgroup_mma(k_1.index(part), q_1.permute([1, 0]), scores, is_async=True)
@@ -224,8 +225,8 @@ def _consumer(
     if k_len - first_key < 2 * SIDE:
         # each consumer clears all keys, with the same numbers: dQ reads those of both
         for part in gl.static_range(2):
-            _clear_rows(k_0.index(part), k_len - first_key - part * SIDE)
-            _clear_rows(k_1.index(part), k_len - first_key - part * SIDE)
+            clear_rows(k_0.index(part), k_len - first_key - part * SIDE)
+            clear_rows(k_1.index(part), k_len - first_key - part * SIDE)
     slot, phase, d_s_phase = 0, 0, 0
     for member in range(GROUP):
         sum_ptr = d_q_ptr + (first_head + member).to(gl.int64) * q_blocks * (3 * SIDE * SIDE)
