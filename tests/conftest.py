@@ -26,7 +26,7 @@ class FakeVLLM:
     script: Path
     pids: Path
 
-    def processes_left(self, within_s: float = 10.0) -> list[int]:
+    def processes_left(self, within_s: float = 60.0) -> list[int]:
         """Those still there after at most so many seconds."""
         deadline = time.monotonic() + within_s
         left = [int(pid) for pid in self.pids.read_text().split()]
@@ -37,7 +37,7 @@ class FakeVLLM:
 
     def wait_for_start(self) -> None:
         """Return once it runs."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not self.pids.exists() or not self.pids.read_text():
             assert time.monotonic() < deadline, "the fake vllm did not start"
             time.sleep(0.05)

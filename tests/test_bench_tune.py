@@ -1,7 +1,6 @@
 """Tuning: what is tried, what is chosen, and what is written."""
 
 import json
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -32,8 +31,20 @@ class _Case:
         return {"heads": 1}
 
 
+class _Clock:
+    """What stands for time while launches are timed: a busy machine sleeps longer than it was asked to."""
+
+    now_s = 0.0
+
+    def perf_counter(self):
+        return self.now_s
+
+
+clock = _Clock()
+
+
 class _Problem:
-    """Sleeps as long as its launch parameters say; one value of them gives a wrong answer."""
+    """Takes as long as its launch parameters say; one value of them gives a wrong answer."""
 
     work = Work(bytes=1, flop=1, traffic="read")
     sets = 1
@@ -49,7 +60,7 @@ class _Problem:
             found = launch.launch_parameters(
                 "rope", torch.device("cpu"), kernel="sleep", tokens=self.case.tokens, row_dim=64
             )
-            time.sleep(found["naps"] * 5e-3)
+            clock.now_s += found["naps"] * 5e-3
             if found["num_warps"] == 16:
                 raise RuntimeError("out of resources")
             return torch.ones(1) * (2 if found["num_warps"] == 8 else 1)
@@ -72,6 +83,7 @@ def fake_op(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(bench_tune, "op_bench", lambda op: bench)
     monkeypatch.setattr(launch, "TUNING", tmp_path)
+    monkeypatch.setattr("bench.timing.time", clock)
     launch.read_entries.cache_clear()
     launch._find.cache_clear()
     other = {**DEFAULT, "when": {}, "parameters": {"x": 1}}

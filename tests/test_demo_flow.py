@@ -78,7 +78,7 @@ def test_all_keys_found(demo, fake_vllm, capsys):
     assert re.search(rf"latent cache .* 2,560 +{tokens * 2560 / 2**20:.1f} MiB", output)
     assert "68.8% less, both in bfloat16" in output
     assert 'pip install ./packages/ic-model ./packages/ic-train "./packages/ic-vllm-plugin[cuda]"' in output
-    assert fake.processes_left(0.5) == []
+    assert fake.processes_left() == []
 
 
 def test_a_wrong_answer_is_a_failure(demo, fake_vllm, capsys):
@@ -122,7 +122,7 @@ def test_a_document_longer_than_the_servers_context_is_refused(demo, fake_vllm, 
     fake = fake_vllm("right")
     assert demo("--tokens", "40000") == 2
     assert f"the server's context on this machine is {CONTEXT_TOKENS:,} tokens" in capsys.readouterr().err
-    assert fake.processes_left(0.5) == []
+    assert fake.processes_left() == []
 
 
 def test_a_server_that_dies_while_it_answers(demo, fake_vllm, capsys):

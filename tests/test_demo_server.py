@@ -39,7 +39,7 @@ def test_a_server_that_hangs_is_given_up_and_killed(fake_vllm, progress, tmp_pat
     with pytest.raises(ServerError, match=message), Server(tmp_path, stop_grace_s=0.5) as server:
         fake.wait_for_start()
         server.wait_until_healthy(2, progress)
-    assert fake.processes_left(0.5) == []
+    assert fake.processes_left() == []
     server.log.unlink()
 
 
@@ -48,7 +48,7 @@ def test_a_healthy_server_is_stopped_with_its_children(fake_vllm, progress, tmp_
     with Server(tmp_path) as server:
         server.wait_until_healthy(30, progress)
         assert last_log_message(server.log) == "loading"
-    assert fake.processes_left(0.5) == []
+    assert fake.processes_left() == []
     assert not server.log.exists()
 
 
@@ -78,7 +78,7 @@ def test_no_signal_to_the_demo_leaves_the_server(fake_vllm, bare_checkpoint, tmp
     output, _ = demo.communicate(timeout=60)
     assert demo.returncode in (128 + number, -number), output
     assert "Traceback" not in output
-    assert fake.processes_left(20) == []
+    assert fake.processes_left() == []
     kept = list(tmp_path.glob("infinite-context-demo-*.log"))
     assert kept == [] or number == signal.SIGKILL
 

@@ -73,8 +73,8 @@ def test_who_ends_it_ends_what_it_started(tmp_path, number):
     code = """
         import pathlib, subprocess, sys, time
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-        pathlib.Path({file!r}).write_text(str(child.pid))
         try:
+            pathlib.Path({file!r}).write_text(str(child.pid))
             time.sleep(600)
         except KeyboardInterrupt:
             child.kill()

@@ -59,6 +59,9 @@ sys.path[:0] = ["packages/ic-train/tests", "charts/tests", "charts/tests/monitor
 import image, monitoring_programs, podman_tools, slurm_cluster
 slurm_cluster.install()
 podman_tools.install_packages(podman_tools.PROGRAMS)
+podman_tools.install_packages(
+    {"/usr/bin/rclone": "rclone", "/usr/bin/busybox": "busybox", "/usr/sbin/haproxy": "haproxy"}
+)
 image.install_tools()
 monitoring_programs.programs()
 """

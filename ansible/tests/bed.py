@@ -21,7 +21,7 @@ from image import BedError, run
 SUBNET = "10.99.0"
 GATEWAY = f"{SUBNET}.1"
 # waits end when what they wait for is there; these are for a machine that has much else to do
-BOOT_TIMEOUT_S = 180
+BOOT_TIMEOUT_S = 400
 UNTIL_TIMEOUT_S = 180
 REBOOT_CODE = 133
 
@@ -161,11 +161,11 @@ class Bed:
         while time.monotonic() < deadline:
             if machine.process is None or machine.process.poll() is not None:
                 raise BedError(f"machine {name} ended while it booted:\n{machine.log[-3000:]}")
-            if self.ssh(name, "systemctl is-system-running --wait", check=False).stdout.strip() in {
-                "running",
-                "degraded",
-            }:
-                return
+            # a machine that is booting may also take the connection and then say nothing
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                state = self.ssh(name, "systemctl is-system-running --wait", check=False).stdout.strip()
+                if state in {"running", "degraded"}:
+                    return
             time.sleep(0.3)
         raise BedError(
             f"machine {name} took no ssh connection within {BOOT_TIMEOUT_S} s:\n{machine.log[-3000:]}"
@@ -179,7 +179,7 @@ class Bed:
             self.inside(
                 "ssh",
                 *self.ssh_options(),
-                *("-o", "ConnectTimeout=3"),
+                *("-o", "ConnectTimeout=30"),
                 *self._one_connection(name),
                 f"root@{self.machines[name].address}",
                 command,
@@ -198,7 +198,7 @@ class Bed:
     def _one_connection(self, name: str) -> list[str]:
         """Options by which all commands for a machine go through one connection, for as long as that lives."""
         path = self.scratch / f"ssh-{name}"
-        alive = ("-o", "ServerAliveInterval=2", "-o", "ServerAliveCountMax=5")
+        alive = ("-o", "ServerAliveInterval=2", "-o", "ServerAliveCountMax=15")
         return ["-o", "ControlMaster=auto", "-o", f"ControlPath={path}", "-o", "ControlPersist=60", *alive]
 
     def _disconnect(self, name: str) -> None:
@@ -267,7 +267,10 @@ def until(bed: Bed, name: str, command: str, wanted: str, timeout_s: float = UNT
     """Run a command on a machine until it prints what is wanted; fail with the last output."""
     deadline = time.monotonic() + timeout_s
     while True:
-        printed = bed.ssh(name, command, check=False).stdout.strip()
+        try:
+            printed = bed.ssh(name, command, check=False).stdout.strip()
+        except subprocess.TimeoutExpired as error:
+            printed = str(error)
         if wanted in printed:
             return printed
         assert time.monotonic() < deadline, f"{command} on {name} after {timeout_s} s: {printed}"

@@ -189,7 +189,7 @@ def test_projects_own_job_trains_on_two_machines(cluster, bed):
     ]
     settings = " ".join(f"{name}={value}" for name, value in environment.items())
     command = f"cd /shared && {settings} {' '.join(map(str, words))}"
-    job = bed.ssh("c1", command, check=False, timeout_s=300).stdout.strip()
+    job = bed.ssh("c1", command, check=False, timeout_s=900).stdout.strip()
     log = (bed.shared / "log").read_text()
     assert (
         "COMPLETED|2|n[1-2]" in bed.ssh("c1", f"sacct -X -n -P -j {job} -o State,NNodes,NodeList").stdout
@@ -211,7 +211,7 @@ def test_accounts_show_the_jobs(cluster, bed):
 
 
 def test_numbers_of_slurm_are_scraped(cluster, bed):
-    job = submit(bed, "sleep 30\n", "--gres=gpu:1")
+    job = submit(bed, "sleep 600\n", "--gres=gpu:1")
     until(bed, "c1", shown(bed, job), "JobState=RUNNING")
     bed.ssh("c1", "systemctl start ic-slurm-metrics.service")
     fetch = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:9100/metrics').read().decode())"
@@ -263,7 +263,7 @@ def test_backup_and_restore_bring_a_lost_queue_back(cluster, bed, play, scratch)
 def test_machine_that_is_down_is_named_and_a_rerun_completes(cluster, bed, play):
     bed.kill("n1")
     more = {**VARIABLES, "slurm_common_max_time": "2-00:00:00"}
-    failed = play("slurm", GROUPS, more, "--tags", "slurm", "-e", "ansible_ssh_timeout=3", check=False)
+    failed = play("slurm", GROUPS, more, "--tags", "slurm", "-e", "ansible_ssh_timeout=20", check=False)
     assert failed.recap["n1"]["unreachable"] == 1
     assert "slurm_nodes has machines that did not answer in this run: n1." in " ".join(failed.output.split())
     assert "MaxTime=7-00:00:00" in bed.ssh("c1", "grep PartitionName /etc/slurm/slurm.conf").stdout

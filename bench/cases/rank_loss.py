@@ -187,13 +187,14 @@ def _kill_the_last_rank(
     ranks = ranks_of(launcher)
     if len(ranks) != options.gpus:
         raise Failed(f"the launcher has {len(ranks)} ranks: {_tail(log)}")
+    os.kill(ranks[-1], signal.SIGKILL)
+    killed = time.monotonic()
+    # read afterwards: until then it goes on
     step = max(_losses(output))
     if step == options.steps:
         raise Failed(
             f"all of its {step} steps were done before a rank could be killed; accepted: more --steps"
         )
-    os.kill(ranks[-1], signal.SIGKILL)
-    killed = time.monotonic()
     _wait(lambda: bool(_resumed(log)), launcher, log, deadline)
     return {"killed_after_step": step, "resuming_after_s": round(time.monotonic() - killed, 1)}
 

@@ -71,10 +71,11 @@ def test_results_are_stored_while_the_batch_runs_and_once_more_at_its_end(store,
     process = subprocess.Popen(words, env=environment(store))
     stored = store / "bucket" / "out" / "a.jsonl"
     try:
-        deadline = time.monotonic() + 20
-        while not stored.is_file() and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        # the file is there before its content is
+        while not stored.is_file() or stored.read_text() != "one\n":
+            assert time.monotonic() < deadline, "nothing was stored"
             time.sleep(0.05)
-        assert stored.read_text() == "one\n"
         # within its sleep: only the last copy can have it
         with (results / "a.jsonl").open("a") as file:
             file.write("two\n")

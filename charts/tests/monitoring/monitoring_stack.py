@@ -44,7 +44,7 @@ LIVE_VALUES = {
     "monitoring.scrape.timeoutSeconds": 1,
     "monitoring.rules.evaluationSeconds": 1,
     "monitoring.rules.rateWindow": "8s",
-    "monitoring.rules.for.ICTargetDown": "1s",
+    "monitoring.rules.for.ICTargetDown": "5s",
     "monitoring.rules.for.ICEngineStuck": "2s",
     "monitoring.rules.for.ICEngineSilent": "1s",
 }

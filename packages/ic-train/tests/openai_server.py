@@ -29,6 +29,7 @@ class ScriptedServer:
         self,
         answer: Callable[[dict[str, Any]], str],
         fails: Failure = lambda number: None,
+        *,
         together: int = 1,
         port: int = 0,
         **model: Any,

@@ -33,7 +33,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout=15
 KillWait=3
 MinJobAge=600
 JobRequeue=1
@@ -87,7 +87,7 @@ class Cluster:
             self._start("slurmctld", ["slurmctld", "-D"])
             for node in ("node1", "node2"):
                 self.start_node(node)
-            self.wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t") == "2 idle", "two idle nodes", 30)
+            self.wait_for(lambda: self.run("sinfo", "-h", "-o", "%D %t") == "2 idle", "two idle nodes", 120)
         except BaseException:
             self.close()
             raise

@@ -101,7 +101,7 @@ def test_links_are_measured_between_processes(tmp_path: Path) -> None:
         [sys.executable, "-m", "torch.distributed.run", "--standalone", *words, "--results", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -142,14 +142,15 @@ def test_a_case_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest
     assert training._run(options, 256, "ours", tmp_path, tmp_path, left_s=1)["error"] == "error: no time left"
 
 
+@pytest.mark.timeout(1200)
 def test_a_run_whose_rank_dies_ends_like_one_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["--toy", "--tokens", "256", "--steps", "60", "--save-steps", "10"]
+    words = ["--toy", "--tokens", "64", "--steps", "40", "--save-steps", "5", "--limit-s", "550"]
     assert rank_loss.main([*words, "--results", str(tmp_path)]) == 0
     row = json.loads(capsys.readouterr().out.split("s\n", 1)[1])
-    assert 10 <= row["resumed_from_step"] <= row["killed_after_step"] < 60
+    assert 5 <= row["resumed_from_step"] <= row["killed_after_step"] < 40
     assert row["max_relative_loss_difference"] == 0
     assert not list(tmp_path.iterdir()), "a toy is no result"
 

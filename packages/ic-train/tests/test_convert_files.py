@@ -182,7 +182,7 @@ def test_a_disk_that_takes_no_more_leaves_no_half_checkpoint(limit: int, tmp_pat
         [sys.executable, "-c", LIMITED, str(limit), *command],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert failed.returncode == 2, failed.stderr[-2000:]

@@ -13,13 +13,15 @@ import torch
 from ic_model import ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from safetensors.torch import load_file
-from training_runs import Run, flags_of, launch_all, make_toys, steps_of, values
+from training_runs import PATIENT, Run, flags_of, launch_all, make_toys, steps_of, values
 
 from ic_train import dpo
 from ic_train.checkpoints import export
 from ic_train.data.packing import PackedText
 from ic_train.data.text import load_token_corpus
 from ic_train.preferences.store import Writer, load_preferences, write_record
+
+pytestmark = PATIENT
 
 NUM_PAIRS, BETA, ALIGNMENT, SGD_RATE = 8, 0.5, 0.7, 0.2
 TEXT_WEIGHT, TEXT_TOKENS, SEED = 0.3, 48, 7

@@ -23,7 +23,7 @@ import os, sys
 sys.path.insert(0, {str(Path(openai_server.__file__).parent)!r})
 from openai_server import ScriptedServer, reader, threading
 dies = lambda number: os._exit(9) if number == 7 else None
-with ScriptedServer(reader, dies, int(sys.argv[1]), max_model_len=8192):
+with ScriptedServer(reader, dies, port=int(sys.argv[1]), max_model_len=8192):
     threading.Event().wait()
 """
 

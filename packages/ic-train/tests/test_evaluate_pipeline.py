@@ -95,7 +95,7 @@ def test_a_server_that_hangs_is_stopped_with_its_children(tmp_path: Path) -> Non
     command = [sys.executable, "-c", program]
     with (
         pytest.raises(ServerError, match="did not answer within"),
-        serve(command, tmp_path / "log", start_timeout_s=3),
+        serve(command, tmp_path / "log", start_timeout_s=15),
     ):
         pytest.fail("it cannot be up")
     assert_gone(int((tmp_path / "log").read_text()))
@@ -106,7 +106,10 @@ def assert_gone(*pids: int) -> None:
     for pid in pids:
         state = Path(f"/proc/{pid}/stat")
         for _ in range(150):
-            if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            try:
+                if state.read_text().rpartition(")")[2].split()[0] == "Z":
+                    break
+            except (FileNotFoundError, ProcessLookupError):
                 break
             time.sleep(0.1)
         else:
@@ -124,7 +127,7 @@ import http.server, os, signal, subprocess, sys
 child = subprocess.Popen([sys.executable, "-uc", {deaf!r}], stdout=subprocess.PIPE)
 child.stdout.read(2)
 print(os.getpid(), child.pid, flush=True)
-signal.signal(signal.SIGTERM, {"signal.SIG_IGN" if stubborn else "lambda *_: os._exit(0)"})
+signal.signal(signal.SIGTERM, lambda *_: {"print('told', flush=True)" if stubborn else "os._exit(0)"})
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
 """
     (tmp_path / "v1").mkdir()
@@ -149,7 +152,10 @@ with serving.serve([sys.executable, "-c", {server!r}, "{{port}}"], Path("log"), 
     if stubborn:
         # it has 20 s to end by itself; nobody waits for that here
         assert os.getpgid(pids[0]) != os.getpgid(0)
-        time.sleep(0.5)
+        deadline = time.monotonic() + 60
+        while "told" not in (tmp_path / "log").read_text():
+            assert time.monotonic() < deadline, "nobody told the server to end"
+            time.sleep(0.05)
         os.kill(pids[0], signal.SIGKILL)
     assert_gone(*pids)
 

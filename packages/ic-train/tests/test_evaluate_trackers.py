@@ -50,6 +50,8 @@ def environment(mlflow_server: str) -> Iterator[None]:
     """Trackers leave variables behind, and W&B what it read from them."""
     before = dict(os.environ)
     os.environ |= {"DO_NOT_TRACK": "true", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+    # a busy machine starts its service slowly
+    os.environ["WANDB__SERVICE_WAIT"] = "180"
     yield
     wandb.teardown()
     os.environ.clear()

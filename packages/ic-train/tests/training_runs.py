@@ -5,15 +5,18 @@ Importing PyTorch and transformers takes longer than a run, so that one launch w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ic_model import ICConfig, ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
@@ -24,6 +27,8 @@ PACKAGE = Path(__file__).parent.parent
 RECIPES = Path(__file__).parent / "recipes"
 WORKER = Path(__file__).parent / "training_worker.py"
 FSDP_ON_CPU = PACKAGE / "accelerate" / "cpu.yaml"
+# of a module whose fixture's runs take minutes: pytest's own limit is for one test with its fixtures
+PATIENT = pytest.mark.timeout(1200)
 # text that does not change: committed values depend on it
 WORDS = (PACKAGE / "LICENSE").read_text().split()
 
@@ -85,11 +90,12 @@ def flags_of(toys: dict[str, Path], run: Run) -> list[str]:
 
 
 def launch_all(
-    toys: dict[str, Path], launches: list[tuple[int | str, list[Run]]], timeout_s: int = 300
+    toys: dict[str, Path], launches: list[tuple[int | str, list[Run]]], timeout_s: int = 1100
 ) -> dict[str, str]:
     """Run launches of so many processes, each with its runs one after the other; the errors by name.
 
-    More than one process shard; "1 sharded" is one that does, too, as on a single GPU.
+    More than one process shard; "1 sharded" is one that does, too, as on a single GPU. The limit is for a busy
+    machine: a module whose runs may come near pytest's own has `PATIENT`.
     """
     plan = toys["runs"] / f"plan-{launches[0][1][0].name}.json"
     plan.parent.mkdir(exist_ok=True)
@@ -103,16 +109,23 @@ def launch_all(
         for processes, runs in launches
     ]
     plan.write_text(json.dumps(listed))
-    finished = subprocess.run(
-        [sys.executable, str(WORKER), str(plan)],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    done = plan.with_suffix(".done.json")
-    assert done.is_file(), finished.stdout[-3000:] + finished.stderr[-6000:]
+    log, done = plan.with_suffix(".log"), plan.with_suffix(".done.json")
+    with log.open("wb") as said:
+        worker = subprocess.Popen(
+            [sys.executable, str(WORKER), str(plan)],
+            stdout=said,
+            stderr=said,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,
+        )
+        try:
+            worker.wait(timeout=timeout_s)
+        finally:
+            # the ranks that it forked, too, should it not have ended by itself
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+    assert done.is_file(), log.read_text(errors="replace")[-9000:]
     return json.loads(done.read_text())
 
 

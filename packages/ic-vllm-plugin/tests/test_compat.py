@@ -70,7 +70,7 @@ def in_fresh_python(code: str, *arguments: str) -> list[str]:
     """Lines that the code printed, what vLLM logged among them."""
     command = [sys.executable, "-c", code, *arguments]
     result = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env=users_environment()
+        command, capture_output=True, text=True, check=False, timeout=400, env=users_environment()
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()

@@ -20,9 +20,11 @@ import pytest
 import torch
 from ic_model.testing import assert_close
 from safetensors.torch import load_file
-from training_runs import Run, launch_all, make_toys, steps_of, values
+from training_runs import PATIENT, Run, launch_all, make_toys, steps_of, values
 
 from ic_train.checkpoints import export
+
+pytestmark = PATIENT
 
 GOLDEN = Path(__file__).parent / "golden.json"
 MASKED = ["--cross_document_attention", "false"]
