@@ -45,8 +45,9 @@ def decode(monkeypatch):
     monkeypatch.setattr(launch, "hopper_refuses", lambda *args, **others: None)
 
     def run(made, **changed):
-        sizes = {"block_rows": 16, "slots": 2, "wide_slots": 2, "messages": 2}
-        sizes |= {"value_registers": 0, "max_registers": 0, "num_warps": 4} | changed
+        fp8 = made.kv_cache.dtype == FP8
+        sizes = {"block_rows": 16, "slots": 2, "wide_slots": 2, "messages": 2, "step": 32 if fp8 else 64}
+        sizes |= {"value_registers": 0, "widen_warps": 4, "max_registers": 0, "num_warps": 4} | changed
         # the CPU counts as another chip
         monkeypatch.setattr(
             launch,
@@ -95,9 +96,10 @@ def test_two_crews_of_values(decode, query_tokens):
     decode(latent_problem([200, 70], rank=512, heads=32, query_tokens=query_tokens), block_rows=64)
 
 
+@pytest.mark.parametrize("step", [32, 64])
 @pytest.mark.parametrize("block_rows", [16, 64])
-def test_fp8_rows(decode, block_rows):
-    decode(latent_problem([300, 64, 0, 10], kv_dtype=FP8), block_rows=block_rows, slots=3)
+def test_fp8_rows(decode, block_rows, step):
+    decode(latent_problem([300, 64, 0, 10], kv_dtype=FP8), block_rows=block_rows, slots=3, step=step)
 
 
 def test_equal_lengths_are_not_split(decode):

@@ -81,7 +81,7 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int)
     parameters |= changes
     kernel = decode_hopper_rows_kernel if parameters["block_rows"] > CREW_ROWS else decode_hopper_kernel
     signature = _signature(kernel, {"q_ptr": element, "q_rope_ptr": element, "out_ptr": element})
-    constants = hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS, kv_bytes)
+    constants = hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS)
     blocks = descriptor_blocks(kv_lora_rank, kv_bytes, constants)
     for name, (block, swizzle) in zip(("latent_desc", "rope_desc"), blocks, strict=True):
         layout = NVMMASharedLayout(swizzle, 8 * kv_bytes, 2)

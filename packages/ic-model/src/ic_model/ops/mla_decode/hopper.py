@@ -27,7 +27,7 @@ def decode_hopper_kernel(
     QUERY_TOKENS: gl.constexpr, C: gl.constexpr, PAGE_TOKENS: gl.constexpr,
     BLOCK_ROWS: gl.constexpr, BLOCK_SEQS: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr,
     PARTS: gl.constexpr, SLOTS: gl.constexpr, WIDE_SLOTS: gl.constexpr, MESSAGES: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    VALUE_REGISTERS: gl.constexpr, WIDEN_WARPS: gl.constexpr, PDL: gl.constexpr,
 ):
     """Attend to one program's share of the list of tiles; grid and results are those of `kernel.decode_kernel`."""
     FP8: gl.constexpr = latent_desc.dtype == gl.float8e4nv
@@ -96,7 +96,7 @@ def decode_hopper_kernel(
                     ),
                 ),
             ],
-            [4, 4, 1],
+            [4, WIDEN_WARPS, 1],
             [VALUE_REGISTERS, 96, 40],
         )
     elif PARTS == 2:

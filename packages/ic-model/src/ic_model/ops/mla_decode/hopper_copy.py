@@ -1,4 +1,4 @@
-"""Bringing tiles to shared memory on Hopper: one warp asks the copy engine, four warps widen fp8 to float16."""
+"""Bringing tiles to shared memory on Hopper: one warp asks the copy engine, others widen fp8 to float16."""
 
 from __future__ import annotations
 
@@ -72,8 +72,11 @@ def widen(
     STEP: gl.constexpr = rope_ring.shape[1]
     PARTS: gl.constexpr = latent_ring.shape[0] // SLOTS
     dtype: gl.constexpr = latent_wide.dtype
-    layout: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    list_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    WARPS: gl.constexpr = gl.num_warps()
+    # each row of a piece once
+    WARP_ROWS: gl.constexpr = min(STEP // WARPS, 8)
+    layout: gl.constexpr = gl.BlockedLayout([1, 16], [WARP_ROWS, 32 // WARP_ROWS], [WARPS, 1], [1, 0])
+    list_layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     _seqs, _lens, _tiles, _ends, tile, share_end = work_list(lens_ptr, num_seqs, TILE, BLOCK_SEQS, list_layout)
     slot, phase, wide_slot, wide_phase = 0, 0, 0, 0
     for _ in range(tile, share_end):

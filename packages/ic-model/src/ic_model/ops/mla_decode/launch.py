@@ -231,9 +231,7 @@ def mla_decode_hopper(
     parameters = launch_parameters(OP, q.device, kernel="hopper", **shape)
     split = _split(q, parameters["block_rows"], HOPPER_TILE_TOKENS)
     page_stride, token_stride, _ = kv_cache.stride()
-    constants = hopper_constants(
-        parameters, query_tokens, kv_lora_rank, kv_cache.shape[1], kv_cache.element_size()
-    )
+    constants = hopper_constants(parameters, query_tokens, kv_lora_rank, kv_cache.shape[1])
 
     kernel = decode_hopper_rows_kernel if split.block_rows > CREW_ROWS else decode_hopper_kernel
 
@@ -267,7 +265,7 @@ def mla_decode_hopper(
 
 
 def hopper_constants(
-    parameters: dict[str, int], query_tokens: int, kv_lora_rank: int, page_tokens: int, kv_bytes: int
+    parameters: dict[str, int], query_tokens: int, kv_lora_rank: int, page_tokens: int
 ) -> dict[str, Any]:
     """The compile-time arguments of a kernel for Hopper that do not depend on the batch: `hopper.py`'s with up to
     64 rows, else `hopper_rows.py`'s.
@@ -284,13 +282,14 @@ def hopper_constants(
         return shared
     return {
         **shared,
-        # fp8 tiles come in halves
-        "STEP": HOPPER_TILE_TOKENS * kv_bytes // 2,
+        # fp8 tiles may come in pieces
+        "STEP": parameters["step"],
         # with 64 rows the sums of 256 columns are what the registers of four warps hold
         "PARTS": 2 if parameters["block_rows"] >= CREW_ROWS and kv_lora_rank > 256 else 1,
         "WIDE_SLOTS": parameters["wide_slots"],
         "MESSAGES": parameters["messages"],
         "VALUE_REGISTERS": parameters["value_registers"],
+        "WIDEN_WARPS": parameters["widen_warps"],
     }
 
 
