@@ -65,16 +65,17 @@ def test_a_query_in_two_tensors(implementation, rank, heads, kv_dtype):
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize(("rank", "slots"), [(256, 2), (256, 3), (128, 3), (512, 2)])
 @pytest.mark.parametrize(("heads", "query_tokens"), [(128, 1), (32, 4), (48, 3)])
-def test_two_crews_of_rows(heads, query_tokens, slots):
+def test_weights_gathered_by_their_makers(heads, query_tokens, rank, slots):
     """The form for many rows, which nothing chooses by itself yet; rings go round many times."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel for Hopper needs one")
+    parameters = {"gathers": 1, "block_rows": 128 if rank <= 256 else 64, "slots": slots, "messages": 1}
     for lens in (LENS, torch.randint(3000, 9000, (64,)).tolist()):
         lens = [max(length, query_tokens) if length else 0 for length in lens]
-        made = model_problem(lens, rank=256, heads=heads, query_tokens=query_tokens)
-        with overriding("mla_decode", {"block_rows": 128, "slots": slots}, kernel="hopper"):
+        made = model_problem(lens, rank=rank, heads=heads, query_tokens=query_tokens)
+        with overriding("mla_decode", parameters, kernel="hopper"):
             for _ in range(3):
                 check(made, "hopper")
             first, again = made.run("hopper"), made.run("hopper")

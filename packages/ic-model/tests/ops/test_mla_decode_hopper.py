@@ -47,6 +47,8 @@ def decode(monkeypatch):
     def run(made, **changed):
         fp8 = made.kv_cache.dtype == FP8
         sizes = {"block_rows": 16, "slots": 2, "wide_slots": 2, "messages": 2, "step": 32 if fp8 else 64}
+        # more rows than one crew takes
+        sizes["gathers"] = int(changed.get("block_rows", 16) > 64)
         sizes |= {"value_registers": 0, "widen_warps": 4, "max_registers": 0, "num_warps": 4} | changed
         # the CPU counts as another chip
         monkeypatch.setattr(
@@ -89,6 +91,14 @@ def test_rings_of_any_size(decode, slots, messages):
 def test_two_crews_of_rows(decode, heads, slots):
     """Rows of one crew and of three; queries that see a tile more or less than their neighbours."""
     decode(latent_problem([500, 130, 3, 66], heads=heads, query_tokens=4), block_rows=128, slots=slots)
+
+
+@pytest.mark.parametrize("messages", [1, 2])
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("query_tokens", [1, 4])
+def test_two_crews_of_columns(decode, query_tokens, slots, messages):
+    made = latent_problem([200, 70, 0, 3, 64], rank=512, heads=20, query_tokens=query_tokens)
+    decode(made, block_rows=64, gathers=1, slots=slots, messages=messages)
 
 
 @pytest.mark.parametrize("query_tokens", [1, 4])

@@ -11,11 +11,12 @@ NEG_INF = gl.constexpr(float("-inf"))
 
 @gluon.jit
 def weigh(
-    scores, largest, total, scale_log2, last_seen, dtype: gl.constexpr, layout: gl.constexpr, MASKED: gl.constexpr,
+    scores, largest, total, scale_log2, last_seen, dtype: gl.constexpr, MASKED: gl.constexpr,
 ):
-    """The online softmax of one tile: its weights, and the running maximum, sum and decay of what came before.
+    """The online softmax of one tile: its weights, laid out as its scores, and the running maximum, sum and decay.
 
-    Key i of the tile is seen by the queries whose `last_seen` is at least i; read only where MASKED.
+    The decay is that of what came before the tile. Key i of the tile is seen by queries whose `last_seen` is at
+    least i, which is read only where MASKED.
     """
     if MASKED:
         KEYS: gl.constexpr = scores.shape[1]
@@ -29,7 +30,7 @@ def weigh(
     decay = gl.exp2(largest - anchor)
     weights = gl.exp2(scores * scale_log2 - anchor[:, None])
     total = total * decay + gl.sum(weights, 1)
-    return gl.convert_layout(weights.to(dtype), layout), new_largest, total, decay
+    return weights.to(dtype), new_largest, total, decay
 
 
 @gluon.jit

@@ -46,8 +46,9 @@ def variants(capability: int) -> list[AotVariant]:
         if capability == 90:
             found += [_hopper(kv_lora_rank, rows, element, kv) for kv in (element, "fp8e4nv")]
     if capability == 90:
-        # launched only where it is asked for: no GPU has run it yet
-        found.append(_hopper(256, 128, element, element, block_rows=2 * CREW_ROWS, slots=3))
+        # launched only where they are asked for: no GPU has run them yet
+        found.append(_hopper(256, 128, element, element, gathers=1, block_rows=2 * CREW_ROWS, slots=3))
+        found.append(_hopper(512, 128, element, element, gathers=1))
     for batch in (1, 128):
         found.append(_combine(capability, batch, element))
     return found + (aot_variants(capability) if capability == 75 else [])
@@ -79,7 +80,7 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int)
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
     parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
     parameters |= changes
-    kernel = decode_hopper_rows_kernel if parameters["block_rows"] > CREW_ROWS else decode_hopper_kernel
+    kernel = decode_hopper_rows_kernel if parameters["gathers"] else decode_hopper_kernel
     signature = _signature(kernel, {"q_ptr": element, "q_rope_ptr": element, "out_ptr": element})
     constants = hopper_constants(parameters, 1, kv_lora_rank, PAGE_TOKENS)
     blocks = descriptor_blocks(kv_lora_rank, kv_bytes, constants)
@@ -88,7 +89,8 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int)
         signature[name] = f"tensordesc<{kv}{block},{layout!r}>"
     registers = parameters["max_registers"]
     return AotVariant(
-        name=f"hopper {row_dim}, {rows} rows, {kv}" + (", two crews of rows" if changes else ""),
+        name=f"hopper {row_dim}, {rows} rows, {kv}"
+        + (", weights gathered by their makers" if changes else ""),
         function=kernel,
         signature=signature,
         constants=constants | {"BLOCK_SEQS": BLOCK_SEQS, "PDL": True},

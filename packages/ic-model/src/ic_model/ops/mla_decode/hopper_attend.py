@@ -174,17 +174,21 @@ def scores(
 @gluon.jit
 def values(
     lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows, latent, empty, weights, factors, told, heard,
-    PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_SEQS: gl.constexpr, ROWS_FIRST: gl.constexpr,
+    PART: gl.constexpr, PARTS: gl.constexpr, WIDEST: gl.constexpr, BLOCK_SEQS: gl.constexpr,
+    ROWS_FIRST: gl.constexpr,
 ):
-    """Gather one part of the columns by the weights, tile after tile, and write each segment's result."""
+    """Gather one part of the columns by the weights, tile after tile, and write each segment's result.
+
+    ptxas holds the WIDEST instruction, in columns, to the registers that each thread begins with: of 512 threads
+    128 registers, which hold 128 columns.
+    """
     SLOTS: gl.constexpr = latent.shape[0] // PARTS
     TILE: gl.constexpr = latent.shape[1]
     COLUMNS: gl.constexpr = latent.shape[2]
     MESSAGES: gl.constexpr = weights.shape[0]
     BLOCK_ROWS: gl.constexpr = factors.shape[1]
     ROW_DIM: gl.constexpr = 0 if ROWS_FIRST else 1
-    # ptxas holds the widest instruction to what each of 512 threads begins with, 128 registers
-    N: gl.constexpr = min(COLUMNS, 128) if ROWS_FIRST else BLOCK_ROWS
+    N: gl.constexpr = min(COLUMNS, WIDEST) if ROWS_FIRST else BLOCK_ROWS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1 - ROW_DIM, layout)
     list_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])

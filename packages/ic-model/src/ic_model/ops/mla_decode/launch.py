@@ -19,7 +19,7 @@ OP = "mla_decode"
 ROPE_DIM = 64
 # tokens per tile of the kernel for Hopper: what one instruction of a warpgroup takes
 HOPPER_TILE_TOKENS = 64
-# query rows that one crew of the kernels for Hopper takes; more are for two
+# query rows that one crew of the kernels for Hopper takes
 CREW_ROWS = 64
 # of the kernel that combines, per multiprocessor
 COMBINE_PROGRAMS = 4
@@ -233,7 +233,7 @@ def mla_decode_hopper(
     page_stride, token_stride, _ = kv_cache.stride()
     constants = hopper_constants(parameters, query_tokens, kv_lora_rank, kv_cache.shape[1])
 
-    kernel = decode_hopper_rows_kernel if split.block_rows > CREW_ROWS else decode_hopper_kernel
+    kernel = decode_hopper_rows_kernel if parameters["gathers"] else decode_hopper_kernel
 
     def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if parameters["max_registers"]:
@@ -267,27 +267,29 @@ def mla_decode_hopper(
 def hopper_constants(
     parameters: dict[str, int], query_tokens: int, kv_lora_rank: int, page_tokens: int
 ) -> dict[str, Any]:
-    """The compile-time arguments of a kernel for Hopper that do not depend on the batch: `hopper.py`'s with up to
-    64 rows, else `hopper_rows.py`'s.
+    """The compile-time arguments of a kernel for Hopper that do not depend on the batch.
+
+    The kernel is `hopper_rows.py`'s where the crew that makes the weights `gathers`, too, else `hopper.py`'s.
     """
+    many = parameters["gathers"] or parameters["block_rows"] >= CREW_ROWS
     shared = {
         "QUERY_TOKENS": query_tokens,
         "C": kv_lora_rank,
         "PAGE_TOKENS": page_tokens,
         "BLOCK_ROWS": parameters["block_rows"],
         "TILE": HOPPER_TILE_TOKENS,
+        # with 64 rows the sums of 256 columns are what the registers of four warps hold
+        "PARTS": 2 if many and kv_lora_rank > 256 else 1,
         "SLOTS": parameters["slots"],
+        "MESSAGES": parameters["messages"],
     }
-    if parameters["block_rows"] > CREW_ROWS:
+    if parameters["gathers"]:
         return shared
     return {
         **shared,
         # fp8 tiles may come in pieces
         "STEP": parameters["step"],
-        # with 64 rows the sums of 256 columns are what the registers of four warps hold
-        "PARTS": 2 if parameters["block_rows"] >= CREW_ROWS and kv_lora_rank > 256 else 1,
         "WIDE_SLOTS": parameters["wide_slots"],
-        "MESSAGES": parameters["messages"],
         "VALUE_REGISTERS": parameters["value_registers"],
         "WIDEN_WARPS": parameters["widen_warps"],
     }
@@ -297,7 +299,7 @@ def descriptor_blocks(
     kv_lora_rank: int, element_bytes: int, constants: Mapping[str, Any]
 ) -> list[tuple[list[int], int]]:
     """Block shape and swizzle, in bytes, of the descriptors for latent and rope columns."""
-    widths = (kv_lora_rank // constants.get("PARTS", 1), ROPE_DIM)
+    widths = (kv_lora_rank // constants["PARTS"], ROPE_DIM)
     rows = constants.get("STEP", constants["TILE"])
     return [([rows, columns], min(columns * element_bytes, 128)) for columns in widths]
 

@@ -125,9 +125,8 @@ def _step(
         mbarrier.arrive(turns.index(1 - PART), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    new_weights, largest, total, decay = weigh(
-        scores, largest, total, scale_log2, last_seen, dtype, weights_layout, MASKED
-    )
+    new_weights, largest, total, decay = weigh(scores, largest, total, scale_log2, last_seen, dtype, MASKED)
+    new_weights = gl.convert_layout(new_weights, weights_layout)
     # the product reads the old weights from registers until it is done; naming the new ones asks the compiler
     # not to put the softmax off until after the wait
     out, weights, new_weights = warpgroup_mma_wait(0, deps=[out, weights, new_weights])
@@ -167,9 +166,8 @@ def _consumer(
     mbarrier.arrive(k_empty.index(0), count=1)
     largest = gl.full([QUERIES], NEG_INF, gl.float32, gl.SliceLayout(1, score_layout))
     total = gl.zeros([QUERIES], gl.float32, gl.SliceLayout(1, score_layout))
-    weights, largest, total, _ = weigh(
-        scores, largest, total, scale_log2, last_seen, dtype, weights_layout, True
-    )
+    weights, largest, total, _ = weigh(scores, largest, total, scale_log2, last_seen, dtype, True)
+    weights = gl.convert_layout(weights, weights_layout)
     out = gl.zeros([QUERIES, V_DIM], gl.float32, out_layout)
     last_slot, last_phase = 0, 0
     slot, phase = _advance(last_slot, last_phase, SLOTS)
