@@ -157,29 +157,34 @@ class Bed:
     def wait(self, name: str) -> None:
         """Return when the machine takes commands."""
         machine = self.machines[name]
-        deadline = time.monotonic() + BOOT_TIMEOUT_S
+        deadline, said = time.monotonic() + BOOT_TIMEOUT_S, ""
         while time.monotonic() < deadline:
             if machine.process is None or machine.process.poll() is not None:
                 raise BedError(f"machine {name} ended while it booted:\n{machine.log[-3000:]}")
             # a machine that is booting may also take the connection and then say nothing
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                state = self.ssh(name, "systemctl is-system-running --wait", check=False).stdout.strip()
-                if state in {"running", "degraded"}:
+            try:
+                done = self.ssh(
+                    name, "systemctl is-system-running --wait", check=False, timeout_s=60, connect_s=3
+                )
+                if done.stdout.strip() in {"running", "degraded"}:
                     return
+                said = done.stdout + done.stderr
+            except subprocess.TimeoutExpired as error:
+                said = str(error)
             time.sleep(0.3)
         raise BedError(
-            f"machine {name} took no ssh connection within {BOOT_TIMEOUT_S} s:\n{machine.log[-3000:]}"
+            f"machine {name} has not booted within {BOOT_TIMEOUT_S} s; it said last: {said}\n{machine.log[-3000:]}"
         )
 
     def ssh(
-        self, name: str, command: str, *, check: bool = True, timeout_s: float = 120
+        self, name: str, command: str, *, check: bool = True, timeout_s: float = 120, connect_s: int = 30
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a machine as root."""
         done = subprocess.run(
             self.inside(
                 "ssh",
                 *self.ssh_options(),
-                *("-o", "ConnectTimeout=30"),
+                *("-o", f"ConnectTimeout={connect_s}"),
                 *self._one_connection(name),
                 f"root@{self.machines[name].address}",
                 command,
