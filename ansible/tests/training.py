@@ -30,9 +30,13 @@ def python() -> Path:
 
 
 def folders() -> list[Path]:
-    """What a machine has to see for that Python to run: its environment, the Python below it, the project."""
+    """What a machine has to see for that Python to run: its environment, the Python below it, the project.
+
+    Debian's own Python is there already: the machines are of the same release, and need their own /usr to boot.
+    """
     asked = "import sys; print(sys.prefix); print(sys.base_prefix)"
-    return [ROOT, *(Path(line) for line in run(python(), "-c", asked).stdout.splitlines())]
+    found = [Path(line) for line in run(python(), "-c", asked).stdout.splitlines()]
+    return [ROOT, *(folder for folder in found if folder != Path("/usr"))]
 
 
 def make_toys(folder: Path) -> None:

@@ -136,7 +136,8 @@ def _files(folder: Path) -> Iterator[Path]:
             folders[:] = [
                 name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("config-")
             ]
-        yield from (Path(here) / name for name in names)
+        # Debian's own Python says so; that of an image takes packages
+        yield from (Path(here) / name for name in names if name != "EXTERNALLY-MANAGED")
 
 
 def _file(archive: tarfile.TarFile, source: Path, name: str, *, mode: int | None = None) -> None:

@@ -166,8 +166,8 @@ class Stack:
         self._stop_vllm()
         server = Server(checkpoint_path(MODEL), port=self.vllm_port)
         server.command += ["--served-model-name", MODEL, "--max-num-seqs", "2", "--max-model-len", "65536"]
-        # steps far shorter than rateWindow, also on a busy machine
-        server.command += ["--max-num-batched-tokens", "512"]
+        # steps far shorter than rateWindow, also on a machine that does several other things
+        server.command += ["--max-num-batched-tokens", "128"]
         self.vllm = server.__enter__()
         if wait:
             server.wait_until_healthy(START_TIMEOUT_S, Progress(sys.stderr))

@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from ic_model.ops import aot
 from ic_model.ops.aot import CHIPS, AotError, AotReport, AotVariant, compile_all, compile_variant
 
-pytestmark = pytest.mark.aot
+# everything is compiled once, before the first of them
+pytestmark = [pytest.mark.aot, pytest.mark.timeout(1800)]
 
 
 @triton.jit
