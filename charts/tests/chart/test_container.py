@@ -108,7 +108,8 @@ def test_the_image_is_not_root_adds_little_and_keeps_no_wheels(podman, image, ta
         "glob.glob('/wheels/*'), os.path.getsize('/models/ic-nano/model.safetensors') > 1_000_000)"
     )
     output = podman.run("run", "--rm", "--network", "none", "--entrypoint", "python3", name, "-c", script)
-    assert output.count("site-packages/ic_") == 2 and output.strip().endswith("] [] True")
+    # site-packages, or where a Python of Debian has them
+    assert output.count("-packages/ic_") == 2 and output.strip().endswith("] [] True")
 
 
 def test_a_bill_of_materials_can_be_made_of_the_image(podman, image):
