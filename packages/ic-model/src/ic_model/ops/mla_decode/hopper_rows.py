@@ -32,6 +32,9 @@ from ic_model.ops.mla_decode.hopper_list import advance, ring_barriers, segment,
 
 # of a crew: what one instruction of its four warps takes
 CREW_ROWS = gl.constexpr(64)
+# the crews
+LEFT = gl.constexpr(0)
+RIGHT = gl.constexpr(1)
 
 
 @gluon.jit
@@ -251,8 +254,6 @@ def decode_hopper_rows_kernel(
         # everything above overlaps with the end of the kernel before
         gdc_wait()
         gdc_launch_dependents()
-    LEFT: gl.constexpr = 0
-    RIGHT: gl.constexpr = 1
     # the groups' arguments are spelled out: in a variable, constants would not be constants any more
     if PARTS == 2:
         gl.warp_specialize(
