@@ -29,8 +29,6 @@ PROCESSORS = {75: 40, 80: 108, 89: 128, 90: 132}
 SHAPES = ((256, 32), (256, 128), (512, 16), (512, 128))
 # offsets of queries and results while they wait for the next sequence: not in the loop over tiles
 MAX_SPILL_BYTES = 512
-# the same of two crews; with fp8 rows and Triton 3.9 their loop over tiles reads three registers back
-MAX_SPILL_BYTES_OF_TWO = 1024
 
 
 def variants(capability: int) -> list[AotVariant]:
@@ -50,9 +48,6 @@ def variants(capability: int) -> list[AotVariant]:
     if capability == 90:
         # launched only where they are asked for: no GPU has run them yet
         found.append(_hopper(256, 128, element, element, gathers=1, block_rows=2 * CREW_ROWS, slots=3))
-        found.append(
-            _hopper(256, 128, element, "fp8e4nv", gathers=1, block_rows=2 * CREW_ROWS, slots=3, wide_slots=2)
-        )
         found.append(_hopper(512, 128, element, element, gathers=1))
     for batch in (1, 128):
         found.append(_combine(capability, batch, element))
@@ -102,7 +97,7 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int)
         num_warps=parameters["num_warps"],
         attributes={"table_stride": 1},
         mma="wgmma",
-        max_spill_bytes=MAX_SPILL_BYTES_OF_TWO if parameters["gathers"] else MAX_SPILL_BYTES,
+        max_spill_bytes=MAX_SPILL_BYTES,
         options={"maxnreg": registers} if registers else {},
     )
 

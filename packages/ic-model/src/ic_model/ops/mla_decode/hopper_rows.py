@@ -6,7 +6,7 @@ out = w . latent. The scores of the next tile and the values of the last one are
 crew hold, so there are two forms:
 
 - up to 256 columns, 128 rows: each crew has half of the rows. One crew's softmax falls into the other one's
-  products, and a tile is brought (and, from fp8, widened) once for 128 rows, in `hopper.py` once for 64;
+  products, and a tile is brought once for 128 rows, where those of `hopper.py` are brought it once for 64;
 - more columns, 64 rows: the first crew gathers the left half, and tells a crew of values what to do, as in
   `hopper.py`, which gathers the right half. With one crew less, each has more registers and wider products.
 
@@ -27,14 +27,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ic_model.ops.hopper_softmax import NEG_INF, clear_rows, weigh
 from ic_model.ops.mla_decode.hopper_attend import LN_2, load_queries, values
-from ic_model.ops.mla_decode.hopper_copy import produce, tile_ring, widen
+from ic_model.ops.mla_decode.hopper_copy import produce, tile_ring
 from ic_model.ops.mla_decode.hopper_list import advance, ring_barriers, segment, work_list
 
 # of a crew: what one instruction of its four warps takes
 CREW_ROWS = gl.constexpr(64)
-# the crews
-LEFT = gl.constexpr(0)
-RIGHT = gl.constexpr(1)
 
 
 @gluon.jit
@@ -108,8 +105,7 @@ def _crew(
     num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
     rope_stride_b, rope_stride_t, rope_stride_n, latent, k_rope, full, empty, q_latent, q_rope,
     ring, factors, told, heard,
-    CREW: gl.constexpr, BLOCK_ROWS: gl.constexpr, WIDEST: gl.constexpr, QUERY_TOKENS: gl.constexpr,
-    BLOCK_SEQS: gl.constexpr,
+    CREW: gl.constexpr, BLOCK_ROWS: gl.constexpr, QUERY_TOKENS: gl.constexpr, BLOCK_SEQS: gl.constexpr,
 ):
     """Attend with one crew's rows to the tiles of the share, and write each segment's first part of columns.
 
@@ -124,7 +120,7 @@ def _crew(
     WIDTH: gl.constexpr = COLUMNS * PARTS
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(COLUMNS, WIDEST), 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     list_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row_block = gl.program_id(1)
@@ -218,44 +214,31 @@ def decode_hopper_rows_kernel(
     scale_log2, kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n, rope_stride_b,
     rope_stride_t, rope_stride_n, page_rows, table_stride,
     QUERY_TOKENS: gl.constexpr, C: gl.constexpr, PAGE_TOKENS: gl.constexpr, BLOCK_ROWS: gl.constexpr,
-    BLOCK_SEQS: gl.constexpr, TILE: gl.constexpr, STEP: gl.constexpr, PARTS: gl.constexpr, SLOTS: gl.constexpr,
-    WIDE_SLOTS: gl.constexpr, MESSAGES: gl.constexpr, PDL: gl.constexpr,
+    BLOCK_SEQS: gl.constexpr, TILE: gl.constexpr, PARTS: gl.constexpr, SLOTS: gl.constexpr,
+    MESSAGES: gl.constexpr, PDL: gl.constexpr,
 ):
     """Attend to one program's share of the list of tiles; grid and results are those of `kernel.decode_kernel`."""
     gl.static_assert(PARTS * BLOCK_ROWS == 2 * CREW_ROWS, "two crews, of rows or of columns")
     COLUMNS: gl.constexpr = C // PARTS
-    FP8: gl.constexpr = latent_desc.dtype == gl.float8e4nv
-    gl.static_assert(PARTS == 1 or not FP8, "fp8: tiles in both widths and the queries of 512 columns do not fit")
-    dtype: gl.constexpr = gl.float16 if FP8 else latent_desc.dtype
+    gl.static_assert(latent_desc.dtype != gl.float8e4nv, "fp8 rows are hopper.py's, which widens them")
+    dtype: gl.constexpr = latent_desc.dtype
     q_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_latent = gl.allocate_shared_memory(dtype, [PARTS, CREW_ROWS, COLUMNS], q_layout)
     q_rope = gl.allocate_shared_memory(dtype, [CREW_ROWS, 64], q_layout)
-    ring_latent, ring_rope = tile_ring(latent_desc.dtype, SLOTS, STEP, PARTS, COLUMNS)
-    if FP8:
-        ring_full, ring_empty = ring_barriers(SLOTS, 1)
-        latent, k_rope = tile_ring(dtype, WIDE_SLOTS, TILE, PARTS, COLUMNS)
-        full, empty = ring_barriers(WIDE_SLOTS, 2)
-    else:
-        latent, k_rope = ring_latent, ring_rope
-        full, empty = ring_barriers(SLOTS, 2)
-        ring_full, ring_empty = full, empty
-    # crews of rows tell nobody anything: these names then stand for what is there anyway
-    weights, factors, told, heard = latent, k_rope, full, empty
-    other_latent, other_rope = q_latent, q_rope
+    latent, k_rope = tile_ring(dtype, SLOTS, TILE, PARTS, COLUMNS)
+    full, empty = ring_barriers(SLOTS, 2)
+    LEFT: gl.constexpr = 0
+    RIGHT: gl.constexpr = 1
+    # the groups' arguments are spelled out: in a variable, constants would not be constants any more
     if PARTS == 2:
         weights = gl.allocate_shared_memory(dtype, [MESSAGES, CREW_ROWS, TILE], q_layout)
         factors_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         factors = gl.allocate_shared_memory(gl.float32, [MESSAGES, CREW_ROWS], factors_layout)
         told, heard = ring_barriers(MESSAGES, 1)
-    else:
-        other_latent = gl.allocate_shared_memory(dtype, [PARTS, CREW_ROWS, COLUMNS], q_layout)
-        other_rope = gl.allocate_shared_memory(dtype, [CREW_ROWS, 64], q_layout)
-    if PDL:
-        # everything above overlaps with the end of the kernel before
-        gdc_wait()
-        gdc_launch_dependents()
-    # the groups' arguments are spelled out: in a variable, constants would not be constants any more
-    if PARTS == 2:
+        if PDL:
+            # everything above overlaps with the end of the kernel before
+            gdc_wait()
+            gdc_launch_dependents()
         gl.warp_specialize(
             [
                 (
@@ -265,7 +248,7 @@ def decode_hopper_rows_kernel(
                         kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
                         rope_stride_b, rope_stride_t, rope_stride_n, latent, k_rope, full, empty,
                         q_latent, q_rope, weights, factors, told, heard,
-                        LEFT, BLOCK_ROWS, COLUMNS, QUERY_TOKENS, BLOCK_SEQS,
+                        LEFT, BLOCK_ROWS, QUERY_TOKENS, BLOCK_SEQS,
                     ),
                 ),
                 (
@@ -287,48 +270,13 @@ def decode_hopper_rows_kernel(
             [4, 1],
             [240, 24],
         )
-    elif FP8:
-        gl.warp_specialize(
-            [
-                (
-                    _crew,
-                    (
-                        q_ptr, q_rope_ptr, lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                        kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
-                        rope_stride_b, rope_stride_t, rope_stride_n, latent, k_rope, full, empty,
-                        q_latent, q_rope, weights, factors, told, heard,
-                        LEFT, BLOCK_ROWS, 128, QUERY_TOKENS, BLOCK_SEQS,
-                    ),
-                ),
-                (
-                    _crew,
-                    (
-                        q_ptr, q_rope_ptr, lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
-                        kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
-                        rope_stride_b, rope_stride_t, rope_stride_n, latent, k_rope, full, empty,
-                        other_latent, other_rope, weights, factors, told, heard,
-                        RIGHT, BLOCK_ROWS, 128, QUERY_TOKENS, BLOCK_SEQS,
-                    ),
-                ),
-                (
-                    widen,
-                    (
-                        lens_ptr, num_seqs, ring_latent, ring_rope, ring_full, ring_empty,
-                        latent, k_rope, full, empty, TILE, BLOCK_SEQS,
-                    ),
-                ),
-                (
-                    produce,
-                    (
-                        latent_desc, rope_desc, table_ptr, lens_ptr, num_seqs, table_stride, page_rows,
-                        ring_latent, ring_rope, ring_full, ring_empty, C, TILE, PAGE_TOKENS, BLOCK_SEQS,
-                    ),
-                ),
-            ],
-            [4, 4, 1],
-            [216, 56, 24],
-        )
     else:
+        other_latent = gl.allocate_shared_memory(dtype, [PARTS, CREW_ROWS, COLUMNS], q_layout)
+        other_rope = gl.allocate_shared_memory(dtype, [CREW_ROWS, 64], q_layout)
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        # nobody is told anything: these four stand for what the other form has
         gl.warp_specialize(
             [
                 (
@@ -337,8 +285,8 @@ def decode_hopper_rows_kernel(
                         q_ptr, q_rope_ptr, lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
                         kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
                         rope_stride_b, rope_stride_t, rope_stride_n, latent, k_rope, full, empty,
-                        q_latent, q_rope, weights, factors, told, heard,
-                        LEFT, BLOCK_ROWS, COLUMNS, QUERY_TOKENS, BLOCK_SEQS,
+                        q_latent, q_rope, latent, k_rope, full, empty,
+                        LEFT, BLOCK_ROWS, QUERY_TOKENS, BLOCK_SEQS,
                     ),
                 ),
                 (
@@ -347,8 +295,8 @@ def decode_hopper_rows_kernel(
                         q_ptr, q_rope_ptr, lens_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, scale_log2,
                         kv_scale, num_seqs, num_heads, num_rows, q_stride_b, q_stride_t, q_stride_n,
                         rope_stride_b, rope_stride_t, rope_stride_n, latent, k_rope, full, empty,
-                        other_latent, other_rope, weights, factors, told, heard,
-                        RIGHT, BLOCK_ROWS, COLUMNS, QUERY_TOKENS, BLOCK_SEQS,
+                        other_latent, other_rope, latent, k_rope, full, empty,
+                        RIGHT, BLOCK_ROWS, QUERY_TOKENS, BLOCK_SEQS,
                     ),
                 ),
                 (

@@ -280,16 +280,16 @@ def hopper_constants(
         "TILE": HOPPER_TILE_TOKENS,
         # with 64 rows the sums of 256 columns are what the registers of four warps hold
         "PARTS": 2 if many and kv_lora_rank > 256 else 1,
-        # fp8 tiles may come in pieces
-        "STEP": parameters["step"],
         "SLOTS": parameters["slots"],
-        "WIDE_SLOTS": parameters["wide_slots"],
         "MESSAGES": parameters["messages"],
     }
     if parameters["gathers"]:
         return shared
     return {
         **shared,
+        # fp8 tiles may come in pieces
+        "STEP": parameters["step"],
+        "WIDE_SLOTS": parameters["wide_slots"],
         "VALUE_REGISTERS": parameters["value_registers"],
         "WIDEN_WARPS": parameters["widen_warps"],
     }
@@ -300,7 +300,8 @@ def descriptor_blocks(
 ) -> list[tuple[list[int], int]]:
     """Block shape and swizzle, in bytes, of the descriptors for latent and rope columns."""
     widths = (kv_lora_rank // constants["PARTS"], ROPE_DIM)
-    return [([constants["STEP"], columns], min(columns * element_bytes, 128)) for columns in widths]
+    rows = constants.get("STEP", constants["TILE"])
+    return [([rows, columns], min(columns * element_bytes, 128)) for columns in widths]
 
 
 def _descriptors(kv_cache: torch.Tensor, kv_lora_rank: int, constants: Mapping[str, Any]) -> list[Any]:
