@@ -11,6 +11,7 @@ from converted_models import source_folder, text_file
 from transformers import AutoTokenizer
 
 from ic_train import cli
+from ic_train.convert.table import _Size, _Table
 from ic_train.data.text import write_corpus
 
 RECIPE = Path(__file__).parent / "recipes" / "heal.yaml"
@@ -70,6 +71,17 @@ def test_each_size_is_converted_healed_at_its_rate_and_measured(root: Path) -> N
     assert len(result_of(root, -1)) == len(found)
 
 
+def test_rows_stand_in_the_order_of_the_command(tmp_path: Path) -> None:
+    first, second = _Size(20, 8, 60.0, None), _Size(12, 8, 60.0, None)
+    table = _Table(tmp_path, 0, {None: [], first: [], second: []})
+    counts = {"task": "passkey", "correct": 0, "total": 3, "context_tokens": 384}
+    for name, size in (("12", second), ("source", None), ("20", first), ("12 healed", second)):
+        table.add([{"model": name, **counts}], size)
+    assert table.folder is not None
+    rows = json.loads((table.folder / "result.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["source", "20", "12", "12 healed"]
+
+
 def test_a_size_that_fails_is_named_with_its_log(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ("--passkey-tokens", "64", "--passkey-stages", "converted")
     assert cli.main(command_of(root, *keys, "--pairs", "16:8", "--at-once", "2")) == 2
@@ -94,6 +106,7 @@ def test_what_the_others_measured_stays_when_a_size_fails(
     ("more", "message"),
     [
         (("--pairs", "20-8"), "--pairs has '20-8'; accepted: kv_lora_rank:qk_rope_head_dim"),
+        (("--pairs", "20:8", "12:8", "20:8"), "--pairs has 20:8 12:8 20:8; each size once"),
         (("--heal-config", "heal.yaml"), "--corpora must say what to heal on"),
         (
             ("--heal-seconds", "5", "6", "7"),

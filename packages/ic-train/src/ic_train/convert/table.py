@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ def add_convert_table(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     pairs = [_pair(text) for text in options.pairs]
+    if len(set(pairs)) < len(pairs):
+        raise ValueError(f"--pairs has {' '.join(options.pairs)}; each size once, its models have one folder")
     if options.heal_config and not options.corpora:
         raise ValueError("--heal-config is given; --corpora must say what to heal on")
     seconds = _for_each(pairs, options.heal_seconds, "--heal-seconds")
@@ -126,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
     source = open_source(options.source)
     windows = choose_windows(source.tokenizer, options.calibration, options.held_out, window_sizes(options))
     sizes = [_Size(*pair, *others) for *others, pair in zip(seconds, rates, pairs, strict=True)]
-    table = _Table(options.results, options.seed)
+    table = _Table(options.results, options.seed, {None: [], **{size: [] for size in sizes}})
     if options.at_once > 1:
         _side_by_side(options, source, windows, sizes, table)
     else:
@@ -153,26 +156,28 @@ class _Size:
 
 @dataclass(slots=True)
 class _Table:
-    """Rows of the result, written and printed with every step: healing takes long, and what was measured stays."""
+    """Rows of the result, written and printed with every step: healing takes long, and what was measured stays.
+
+    `rows` has a list for the source (None) and one for each size, in the order in which they stand in the result:
+    that of the command, whichever size ends first.
+    """
 
     results: Path
     seed: int
+    rows: dict[_Size | None, list[Row]]
     folder: Path | None = None
-    source: list[Row] = field(default_factory=list)
-    sizes: list[Row] = field(default_factory=list)
 
-    def add(self, rows: list[Row], *, of_source: bool = False) -> None:
-        """Rows of the source stand before those of the sizes."""
-        (self.source if of_source else self.sizes).extend(rows)
+    def add(self, rows: list[Row], size: _Size | None = None) -> None:
+        self.rows[size].extend(rows)
         self.folder = self.folder or new_result_folder(self.results, TOPIC)
-        write_result(self.folder, TOPIC, [*self.source, *self.sizes], seed=self.seed)
+        write_result(self.folder, TOPIC, list(chain.from_iterable(self.rows.values())), seed=self.seed)
         for row in rows:
             print(_line(row), flush=True)
 
 
 def _ask_source(options: argparse.Namespace, source: Source, table: _Table) -> None:
     if options.passkey_tokens and "source" in options.passkey_stages:
-        table.add(_passkey(options, _lossless(options, source), source.name), of_source=True)
+        table.add(_passkey(options, _lossless(options, source), source.name))
 
 
 def _measure(
@@ -182,18 +187,18 @@ def _measure(
     asked = options.passkey_stages if options.passkey_tokens else []
     out = _folder(options, size)
     record = _converted(options, out, size.wanted)
-    if not any(row.get("stage") == "source" for row in table.source):
-        table.add([_source_row(source, record)], of_source=True)
-    table.add(_rows(source, record))
+    if not any(row.get("stage") == "source" for row in table.rows[None]):
+        table.add([_source_row(source, record)])
+    table.add(_rows(source, record), size)
     name = f"{size.rank}+{size.rope}"
     # before any pass key: healing is what takes long, and what cannot be had elsewhere
     healed = _heal(options, out, size) if options.heal_config else None
     if healed:
-        table.add([_healed_row(options, source, record, healed, windows)])
+        table.add([_healed_row(options, source, record, healed, windows)], size)
     if "converted" in asked:
-        table.add(_passkey(options, out, source.name, name))
+        table.add(_passkey(options, out, source.name, name), size)
     if healed and "healed" in asked:
-        table.add(_passkey(options, healed, source.name, f"{name} healed"))
+        table.add(_passkey(options, healed, source.name, f"{name} healed"), size)
 
 
 def _folder(options: argparse.Namespace, size: _Size) -> Path:
