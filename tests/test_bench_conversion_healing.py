@@ -67,6 +67,8 @@ def test_a_step_that_fails_is_named_with_its_log(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = ["20-8" if word == "20:8" else word for word in arguments]
+    # the step before is not what fails
+    (tmp_path / "work" / "documents").mkdir(parents=True)
     assert conversion_healing.main(wrong) == 2
     said = capsys.readouterr().err
     assert "first failed with status 2: error: --pairs has '20-8'" in said

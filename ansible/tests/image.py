@@ -39,6 +39,35 @@ TOOLS = {
     "mke2fs": "e2fsprogs",
     "cc": "gcc libc6-dev",
 }
+# a module of the machines' Python, imported as it starts: what it compiles out of zip files is kept for the next
+# process. Anything that goes wrong there compiles as before
+KEPT_CODE = """
+import hashlib, marshal, os, zipimport
+
+FOLDER = "/var/cache/kept-code"
+compile_source = zipimport._compile_source
+
+
+def kept(pathname, source):
+    file = os.path.join(FOLDER, hashlib.sha256(source).hexdigest())
+    try:
+        with open(file, "rb") as stored:
+            return marshal.load(stored)
+    except Exception:
+        code = compile_source(pathname, source)
+    try:
+        os.makedirs(FOLDER, exist_ok=True)
+        part = f"{file}.{os.getpid()}"
+        with open(part, "wb") as stored:
+            marshal.dump(code, stored)
+        os.replace(part, file)
+    except Exception:
+        pass
+    return code
+
+
+zipimport._compile_source = kept
+"""
 COMMAND_TIMEOUT_S = 300
 
 
@@ -101,7 +130,7 @@ def mirror() -> str:
 def build(folder: Path) -> Path:
     """The base system in `folder`/root and the packages in `folder`/debian; made once, or found there."""
     root, packages, done = folder / "root", folder / "debian", folder / "done"
-    wanted = "\n".join([SUITE, *BARE, *OFFERED])
+    wanted = "\n".join([SUITE, *BARE, *OFFERED, KEPT_CODE])
     if done.is_file() and done.read_text() == wanted:
         return root
     for old in (root, packages):
@@ -141,8 +170,18 @@ def index(folder: Path) -> None:
     (folder / "Release").write_text(run("apt-ftparchive", "release", ".", cwd=folder).stdout)
 
 
+def _keep_code(root: Path) -> None:
+    """Ansible brings fifty modules in a new zip file with each task; they are compiled once on each machine."""
+    for library in (root / "usr/lib").glob("python3.*"):
+        folder = root / "usr/local/lib" / library.name / "dist-packages"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kept_code.py").write_text(KEPT_CODE)
+        (folder / "kept_code.pth").write_text("import kept_code\n")
+
+
 def _finish(root: Path) -> None:
     """What a fresh server has: ssh that takes root's key, a network, no first-boot questions."""
+    _keep_code(root)
     (root / "etc/apt/sources.list").write_text("deb [trusted=yes] file:/srv/debian ./\n")
     shutil.rmtree(root / "var/lib/apt/lists")
     (root / "var/lib/apt/lists/partial").mkdir(parents=True)

@@ -164,7 +164,8 @@ def render(
     arguments += helm_arguments(values_files, set)
     for version in api_versions:
         arguments += ["--api-versions", version]
-    documents = yaml.safe_load_all(run_helm(*arguments, package=package))
+    # libyaml: the parser in Python takes longer than Helm
+    documents = yaml.load_all(run_helm(*arguments, package=package), yaml.CSafeLoader)
     return [document for document in documents if document]
 
 

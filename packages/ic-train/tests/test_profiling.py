@@ -51,6 +51,8 @@ def test_a_run_that_ends_early_has_the_profile_of_what_it_did(tmp_path: Path, do
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     toys = make_toys(tmp_path_factory.mktemp("profile"))
     profiled = ["--max_steps", "5", "--profile_steps", "2", "--save_strategy", "no"]
+    # fewer events to write down
+    profiled += ["--gradient_accumulation_steps", "1"]
     short = ["--max_steps", "4", "--profile_steps", "2"]
     runs = [Run("profiled", profiled), Run("short", short), Run("negative", ["--profile_steps", "-1"])]
     errors = launch_all(toys, [(1, runs)])

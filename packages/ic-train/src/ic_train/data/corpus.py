@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
@@ -79,9 +80,10 @@ def _text_files(roots: list[Path]) -> list[Path]:
         if root.is_file():
             named.append((root.name, root))
             continue
-        for path in root.rglob("*"):
-            relative = path.relative_to(root)
-            # site-packages lies inside the standard library's folder and would bring everything along
-            if path.suffix in SUFFIXES and "site-packages" not in relative.parts and path.is_file():
-                named.append((f"{root.name}/{relative.as_posix()}", path))
+        for folder, folders, files in os.walk(root):
+            # it lies inside the standard library's folder and would bring everything along
+            folders[:] = [name for name in folders if name != "site-packages"]
+            for path in (Path(folder, name) for name in files):
+                if path.suffix in SUFFIXES and path.is_file():
+                    named.append((f"{root.name}/{path.relative_to(root).as_posix()}", path))
     return [path for _, path in sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).digest())]
