@@ -42,7 +42,19 @@ def containers(spec):
 
 
 # what no file of ci/ has, or none together
-VARIANTS = {"everything": EVERYTHING, "hpa": {"monitoring.enabled": True, "autoscaling.kind": "hpa"}}
+VARIANTS = {
+    "everything": EVERYTHING,
+    "hpa": {"monitoring.enabled": True, "autoscaling.kind": "hpa"},
+    "pipeline": {
+        "evaluation.enabled": True,
+        "evaluation.hook": True,
+        "evaluation.resultsClaim": "results",
+        "evaluation.pipeline.enabled": True,
+        "evaluation.pipeline.thresholds": [{"task": "niah", "context_tokens": 16384, "most_loss": 0.03}],
+        "evaluation.pipeline.base.existingClaim": "results",
+        "networkPolicy.evaluationTo": [{"ipBlock": {"cidr": "10.0.0.7/32"}}],
+    },
+}
 
 
 @pytest.fixture(scope="module", params=[*FILES, *VARIANTS])
