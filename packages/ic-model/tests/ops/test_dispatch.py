@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, OutOfResources
 
@@ -112,6 +113,79 @@ def test_what_failed_is_not_tried_again_for_the_same_kind(caplog):
     assert fast.load().calls == 2
     # another shape, the same reason: not said again
     assert len(caplog.records) == 1
+
+
+def test_numbers_of_sequences_tokens_and_pages_are_no_other_kind():
+    fast = implementation("fast", error=OutOfResources(81920, 65536, "shared memory"))
+    for sequences, pages in ((1, 9), (2, 5), (128, 700)):
+        tables = {
+            "block_table": torch.zeros(sequences, pages, dtype=torch.int32),
+            "seq_lens": torch.zeros(sequences, dtype=torch.int32),
+            "slot_mapping": torch.zeros(sequences, dtype=torch.int64),
+        }
+        assert names(fast, args=(torch.zeros(sequences, 576),), **tables) == "reference"
+    assert fast.load().calls == 1
+    assert len(dispatching._failed) == 1
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Tensors that say that they are on a GPU, `cuda(index, *shape)`; GPU 0 is the current one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with FakeTensorMode():
+        yield lambda index, *shape: torch.empty(shape, device=f"cuda:{index}")
+
+
+@pytest.mark.parametrize("asked", [None, "fast"])
+def test_runs_on_the_device_of_the_tensors(cuda, monkeypatch, asked):
+    entered = []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    names(implementation("fast"), asked=asked, args=(torch.zeros(3), None, cuda(0, 2, 3)))
+    names(implementation("fast"), asked=asked, args=(torch.zeros(3),))
+    assert not entered, "the device is the current one, or there is none"
+    looking = Implementation("fast", lambda: lambda *_, **__: entered[:], lambda *_, **__: None)
+    inside = dispatch("op", [looking, REFERENCE], asked, None, cache=cuda(1, 2, 3))
+    assert inside == [torch.device("cuda", 1)]
+    assert entered == [*inside, "left"]
+
+
+@pytest.mark.gpu
+def test_the_current_device_stays_what_it_was():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    where = Implementation("fast", lambda: lambda _: torch.cuda.current_device(), lambda _: None)
+    assert dispatch("op", [where, REFERENCE], None, torch.zeros(3, device="cuda:1")) == 1
+    assert torch.cuda.current_device() == 0
+
+
+def test_the_reference_on_a_gpu_is_said_once(cuda, caplog):
+    refusing = [implementation("fast", refusal="too small"), implementation("slow", refusal="too odd")]
+    for tokens in (5, 7):
+        assert names(*refusing, args=(cuda(0, tokens, 576),)) == "reference"
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "op: no kernel takes these tensors, taking the slow reference: fast: too small; slow: too odd"
+    )
+    assert names(*refusing, args=(cuda(0, 5, 320),)) == "reference"
+    assert len(caplog.records) == 2
+
+
+def test_the_reference_is_not_remarked_upon_elsewhere(cuda, caplog):
+    refusing = implementation("fast", refusal="too small")
+    assert names(refusing, args=(torch.zeros(5, 576),)) == "reference"
+    assert names(refusing, asked="reference", args=(cuda(0, 5, 576),)) == "reference"
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from ic_model.ops.aot import AotError, compile_variant
 from ic_model.ops.launch import overriding
 from ic_model.ops.mla_decode import mla_decode
 from ic_model.ops.mla_decode.kernel import tiles_per_program
-from ic_model.ops.mla_decode.launch import Split
+from ic_model.ops.mla_decode.launch import MAX_SEQUENCES, Split
 from ic_model.ops.mla_decode.reference import mla_decode as reference
 from ic_model.testing import assert_close
 
@@ -186,6 +187,24 @@ def test_rows_that_are_not_aligned_are_left_to_the_reference(device):
     assert_close(out, made.expected()[0], "fp16_attention")
 
 
+def test_a_query_that_does_not_begin_aligned_is_left_to_the_reference(device):
+    made = problem([50, 3], device=device, dtype=torch.float16)
+    expected = made.expected()[0]
+    made.q = torch.nn.functional.pad(made.q.flatten(), (1, 0))[1:].view(made.q.shape)
+    with pytest.raises(ValueError, match=r"q begins at address 0x.* accepted: multiples of 16"):
+        made.run("triton")
+    out, _ = mla_decode(made.q, made.kv_cache, **made.arguments())
+    assert_close(out, expected, "fp16_attention")
+
+
+def test_more_sequences_than_a_program_looks_at_are_refused(device):
+    made = problem([2], device=device, dtype=torch.float32, heads=1)
+    names = ("q", "block_table", "seq_lens")
+    many = {name: getattr(made, name).repeat_interleave(MAX_SEQUENCES + 1, 0) for name in names}
+    with pytest.raises(ValueError, match="q has 4097 sequences; accepted: up to 4096"):
+        replace(made, **many).run("triton")
+
+
 def test_no_sequences(device):
     made = problem([4], device=device, dtype=torch.float32)
     made.q, made.block_table, made.seq_lens = made.q[:0], made.block_table[:0], made.seq_lens[:0]
@@ -227,6 +246,14 @@ def test_equal_lengths_give_equal_pieces(number, tiles):
             "kv_cache is torch.float16; accepted: q's torch.float32",
         ),
         ({"q_rope": torch.zeros(1, 1, 16, 16)}, "q_rope is .* accepted: q with rows of kv_lora_rank, q_rope"),
+        ({"softmax_scale": 0.0}, "softmax_scale is 0.0; accepted: positive numbers"),
+        ({"softmax_scale": float("nan")}, "softmax_scale is nan; accepted: positive numbers"),
+        ({"kv_scale": float("inf")}, "kv_scale is inf; accepted: positive numbers"),
+        ({"kv_scale": -1.0}, "kv_scale is -1.0; accepted: positive numbers"),
+        (
+            {"seq_lens": torch.zeros(1, dtype=torch.int32, device="meta")},
+            "kv_cache on cpu, block_table on cpu, seq_lens on meta; accepted: one device",
+        ),
         ({"implementation": "fast"}, "'fast'; mla_decode accepts 'hopper', 'turing', 'triton'"),
         ({"implementation": "hopper"}, "hopper"),
     ],
@@ -243,3 +270,12 @@ def test_the_reference_serves_where_no_kernel_can():
     made.block_table = made.block_table.long()
     out, _ = mla_decode(made.q, made.kv_cache, **made.arguments())
     assert torch.equal(out, made.expected()[0])
+
+
+@pytest.mark.aot
+def test_values_are_gathered_when_the_next_tile_has_come():
+    """With one place for tiles a crew would wait for itself."""
+    from ic_model.ops.mla_decode.aot import hopper_variant
+
+    with pytest.raises(AotError, match=r"(?s)does not compile: .*the next tile has come"):
+        compile_variant(hopper_variant(256, 128, "bf16", "bf16", gathers=1, block_rows=128, slots=1), 90)

@@ -8,6 +8,7 @@ from test_mla_decode import FP8, check, problem
 
 from ic_model.ops.launch import overriding
 from ic_model.ops.mla_decode import mla_decode
+from ic_model.ops.mla_decode.launch import MAX_SEQUENCES
 from ic_model.testing import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -87,28 +88,35 @@ def test_float16_and_pages(implementation, page_tokens):
     check(model_problem(LENS, rank=512, dtype=torch.float16, page_tokens=page_tokens), implementation)
 
 
-def test_a_large_batch(implementation):
-    lens = torch.randint(0, 700, (300,)).tolist()
+@pytest.mark.parametrize("sequences", [300, MAX_SEQUENCES])
+def test_a_large_batch(implementation, sequences):
+    lens = torch.randint(0, 700, (sequences,)).tolist()
     check(model_problem(lens, rank=256), implementation)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("query_tokens", [1, 4])
 @pytest.mark.parametrize(("rank", "heads"), [(512, 32), (256, 128)])
-def test_equal_bits_every_time(implementation, rank, heads):
-    made = model_problem(LENS, rank=rank, heads=heads)
+def test_equal_bits_every_time(implementation, rank, heads, query_tokens, kv_dtype):
+    lens = [max(length, query_tokens) if length else 0 for length in LENS]
+    made = model_problem(lens, rank=rank, heads=heads, query_tokens=query_tokens, kv_dtype=kv_dtype)
     first = made.run(implementation)
     for _ in range(5):
         for left, right in zip(first, made.run(implementation), strict=True):
             assert torch.equal(left, right)
 
 
-def test_a_graph_follows_changed_lengths(implementation):
-    made = model_problem([900, 700, 800], rank=256, heads=32)
+@pytest.mark.parametrize("kv_dtype", [None, FP8], ids=["16 bits", "fp8"])
+@pytest.mark.parametrize("query_tokens", [1, 2])
+def test_a_graph_follows_changed_lengths(implementation, query_tokens, kv_dtype):
+    made = model_problem([900, 700, 800], rank=256, heads=32, query_tokens=query_tokens, kv_dtype=kv_dtype)
     made.run(implementation)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = made.run(implementation)
     for lens in ([900, 700, 800], [1, 0, 799], [65, 64, 63], [0, 0, 0], [128, 700, 2]):
+        lens = [max(length, query_tokens) if length else 0 for length in lens]
         made.seq_lens.copy_(torch.tensor(lens, dtype=torch.int32))
         graph.replay()
         expected, expected_lse = made.expected()

@@ -5,6 +5,7 @@ Newer chips know Turing's matrix instruction, so that its arithmetic is tested w
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -93,6 +94,14 @@ def test_a_query_in_two_tensors(device):
     found = turing.mla_decode_turing(parts.pop("q"), made.kv_cache, **made.arguments(), **parts)
     for left, right in zip(found, made.run(), strict=True):
         assert torch.equal(left, right)
+
+
+def test_launches_on_the_device_of_the_tensors(device, monkeypatch):
+    seen = []
+    monkeypatch.setattr(turing, "on_device", lambda *values: seen.extend(values) or nullcontext())
+    made = problem([5], device=device)
+    made.run()
+    assert len(seen) == 1 and seen[0] is made.q
 
 
 @pytest.mark.parametrize("sm_count", [1, 3, 9])
@@ -232,6 +241,7 @@ def test_as_many_programs_as_are_launched_fit_on_a_processor(index):
     [
         ({"q": torch.zeros(1, 1, 16, 320)}, "q is torch.float32 and kv_cache is torch.float16"),
         ({"kv_lora_rank": 200}, "kv_lora_rank is 200 and qk_rope_head_dim 120; accepted: multiples of 64"),
+        ({"q": torch.zeros(4097, 1, 16, 320).half()}, "q has 4097 sequences; accepted: up to 4096"),
         ({"q": torch.zeros(1, 9, 16, 320).half()}, "q has 9 query tokens; accepted: 1 to 8"),
         ({"kv_cache": torch.zeros(4, 8, 320).half()}, "page_tokens is 8; accepted: multiples of 16"),
         (

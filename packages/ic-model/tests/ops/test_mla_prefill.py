@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
+from ic_model.ops import dispatch as dispatching
+from ic_model.ops import mla_prefill as mla_prefill_package
+from ic_model.ops.aot import compile_variant
 from ic_model.ops.launch import overriding
 from ic_model.ops.mla_prefill import (
     AUTOMATIC_ORDER,
+    launch,
     merge_attention,
     merge_attention_,
     mla_prefill,
     mla_prefill_dense,
 )
+from ic_model.ops.mla_prefill.problem import Problem
 from ic_model.testing import assert_close
 
 LENGTHS = (1, 17, 0, 63, 64, 65, 130)
@@ -116,6 +122,25 @@ def test_other_keys_than_queries(device, dtype, blocks, causal):
     """More keys, fewer (the first queries see nothing), none, and keys that nobody asks for."""
     lens = {"lens_q": (5, 20, 17, 9, 0, 16), "lens_k": (40, 7, 0, 9, 11, 33)}
     check(make(device, dtype, **lens, dims=(96, 64), heads=(2, 2), causal=causal))
+
+
+def test_lengths_of_64_bits(device, blocks):
+    case = make(device, torch.float16, lens_q=(5, 0, 17), dims=(16, 16), heads=(1, 1))
+    expected = run(case, "triton")
+    case.arguments |= {name: case.arguments[name].long() for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    for found, wanted in zip(run(case, "triton"), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])
+def test_lengths_of_64_bits_compile(kernel):
+    """On Hopper they become places for the copy engine, which takes 32 bits."""
+    from ic_model.ops.mla_prefill.aot import backward_variant, forward_variant
+
+    made = forward_variant(90, 64, 64) if kernel == "forward" else backward_variant(90, kernel, 64, 64)
+    wide = {name: "*i64" for name in made.signature if name.startswith("cu_")}
+    assert wide and compile_variant(replace(made, signature={**made.signature, **wide}), 90).tma
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1)])
@@ -272,6 +297,55 @@ def test_callers_mistakes(change, message):
     } | {name: value for name, value in change.items() if name not in shapes}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         mla_prefill(*tensors.values(), **arguments)
+
+
+def test_more_tokens_than_kernels_can_count():
+    q = torch.zeros(1, 1, 16).expand(2**31, 1, 16)
+    lengths = {"cu_seqlens_q": torch.tensor([0, 2**31]), "max_seqlen_q": 2**31, "max_seqlen_k": 2**31}
+    with pytest.raises(ValueError, match="q has 2147483648 tokens; accepted: up to 2147483647"):
+        mla_prefill(q, q, q, **lengths, softmax_scale=1.0)
+
+
+CANNOT_RUN = OutOfResources(240000, 232448, "shared memory")
+
+
+@pytest.mark.parametrize(
+    ("by_name", "error"), [(False, CANNOT_RUN), (True, CANNOT_RUN), (False, ValueError("a mistake"))], ids=str
+)
+def test_a_backward_pass_that_does_not_run_falls_back(monkeypatch, caplog, by_name, error):
+    """With one warning, and compiled once; not where the kernel was asked for, nor after other errors."""
+    calls = []
+
+    def broken(*_):
+        calls.append("gluon")
+        raise error
+
+    monkeypatch.setattr(dispatching, "_failed", set())
+    monkeypatch.setattr(dispatching, "_warned", set())
+    # the tests' conftest asks for determinism, which that kernel has not
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(launch, "backward_gluon", broken)
+    monkeypatch.setattr(launch, "backward", lambda *_: calls.append("triton"))
+    problem = Problem(cu_q=None, cu_k=None, softmax_scale=1.0, causal=True, gluon=True, by_name=by_name)
+    tensors = [torch.zeros(1, 4, 1, 16)] * 5 + [torch.zeros(1, 1, 4)]
+    if by_name or error is not CANNOT_RUN:
+        with pytest.raises(type(error)):
+            launch.gradients(*tensors, problem)
+        return
+    for _ in range(2):
+        launch.gradients(*tensors, problem)
+    assert calls == ["gluon", "triton", "triton"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("mla_prefill_backward: gluon does not run here, taking the next")
+
+
+def test_a_kernel_asked_for_by_name_is_so_in_the_backward_pass(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mla_prefill_package, "_gluon_refuses", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "attention", lambda q, k, v, problem: seen.append(problem) or (q, q))
+    case = make("cpu", torch.float32, lens_q=(9,), dims=(32, 16))
+    mla_prefill(case.q, case.k, case.v, **case.arguments, implementation="gluon")
+    assert seen[0].gluon and seen[0].by_name
 
 
 def test_only_cuda_has_kernels_of_pytorch():

@@ -2,14 +2,16 @@
 
 An implementation that was asked for by name runs or fails. Where none was asked for, the first that can take
 the arguments runs, and one that does not compile or launch on this machine is replaced by the next, with one
-line of warning: a slow answer is better than none, as long as it is said.
+line of warning: a slow answer is better than none, as long as it is said. So it is said, too, where no kernel
+takes tensors that are on a GPU.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import util
@@ -48,7 +50,7 @@ def dispatch(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run an op by the implementation that was asked for, or by the first that can.
+    """Run an op by the implementation that was asked for, or by the first that can, on the tensors' device.
 
     Args:
         op: name of the op, for messages.
@@ -66,24 +68,22 @@ def dispatch(
             reaches the caller.
     """
     assert implementations[-1].name == REFERENCE, f"{op}: the last implementation is the reference"
-    if implementation is not None:
-        return _by_name(op, implementations, implementation, *args, **kwargs)
-    for candidate in implementations[:-1]:
-        if candidate.refuses(*args, **kwargs) is not None:
-            continue
-        kind = (op, candidate.name, *_kind([*args, *kwargs.values()]))
-        if kind in _failed:
-            continue
-        try:
-            return candidate.load()(*args, **kwargs)
-        except Exception as error:
-            reason = _cannot_run(error)
-            if reason is None:
-                raise
-            # compiling once more would take seconds at every call and fail again
-            _failed.add(kind)
-            _warn(op, candidate.name, reason)
-    return implementations[-1].load()(*args, **kwargs)
+    with on_device(*args, *kwargs.values()):
+        if implementation is not None:
+            return _by_name(op, implementations, implementation, *args, **kwargs)
+        return _first_that_runs(op, implementations, *args, **kwargs)
+
+
+def on_device(*values: Any) -> AbstractContextManager[Any]:
+    """Make the device of the first CUDA tensor the current one: Triton launches there, wherever the tensors are.
+
+    Args:
+        values: a function's arguments, tensors or not.
+    """
+    device = _cuda_device(values)
+    if device is None or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def kernel_refuses(*tensors: torch.Tensor) -> str | None:
@@ -117,7 +117,7 @@ def interpreting() -> bool:
 
 
 _failed: set[tuple[Any, ...]] = set()
-_warned: set[tuple[str, str, str]] = set()
+_warned: set[tuple[Any, ...]] = set()
 
 # beginnings of RuntimeErrors by which Triton says that it cannot compile or launch; it has no class for them
 _FAILURES = (
@@ -131,6 +131,42 @@ _FAILURES = (
 )
 # after these the device is out of memory or in no state to compute anything, by no fault of the kernel
 _DEVICE_LOST = ("out of memory", "illegal memory access", "misaligned address", "device-side assert")
+
+
+def _first_that_runs(op: str, implementations: Sequence[Implementation], /, *args: Any, **kwargs: Any) -> Any:
+    refusals = []
+    for candidate in implementations[:-1]:
+        refusal = candidate.refuses(*args, **kwargs)
+        if refusal is not None:
+            refusals.append(f"{candidate.name}: {refusal}")
+            continue
+        kind = (op, candidate.name, *_kind([*args, *kwargs.values()]))
+        if kind in _failed:
+            continue
+        try:
+            return candidate.load()(*args, **kwargs)
+        except Exception as error:
+            reason = _cannot_run(error)
+            if reason is None:
+                raise
+            # compiling once more would take seconds at every call and fail again
+            _failed.add(kind)
+            _warn_once(
+                (op, candidate.name, reason),
+                f"{op}: {candidate.name} does not run here, taking the next implementation: {reason}",
+            )
+    if refusals and _cuda_device([*args, *kwargs.values()]) is not None:
+        # by kind: the reasons may name what changes from batch to batch
+        _warn_once(
+            (op, REFERENCE, *_kind([*args, *kwargs.values()])),
+            f"{op}: no kernel takes these tensors, taking the slow reference: {'; '.join(refusals)}",
+        )
+    return implementations[-1].load()(*args, **kwargs)
+
+
+def _cuda_device(values: Iterable[Any]) -> torch.device | None:
+    """Where the first CUDA tensor is; None without one."""
+    return next((value.device for value in values if isinstance(value, torch.Tensor) and value.is_cuda), None)
 
 
 def _by_name(
@@ -152,7 +188,9 @@ def _kind(values: Sequence[Any]) -> list[Any]:
     kind: list[Any] = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            kind.append((value.device, value.dtype, value.ndim, value.shape[-1:], value.requires_grad))
+            # of lengths and tables, which are integers, sizes are numbers of sequences, tokens and pages
+            row = value.shape[-1] if value.ndim >= 2 and value.is_floating_point() else None
+            kind.append((value.device, value.dtype, value.ndim, row, value.requires_grad))
         elif value is None or isinstance(value, bool | str | torch.dtype):
             kind.append(value)
     return kind
@@ -174,10 +212,10 @@ def _cannot_run(error: Exception) -> str | None:
     return reason if isinstance(error, RuntimeError) and first_line.startswith(_FAILURES) else None
 
 
-def _warn(op: str, name: str, reason: str) -> None:
-    if (op, name, reason) not in _warned:
-        _warned.add((op, name, reason))
-        logger.warning("%s: %s does not run here, taking the next implementation: %s", op, name, reason)
+def _warn_once(what: tuple[Any, ...], message: str) -> None:
+    if what not in _warned:
+        _warned.add(what)
+        logger.warning("%s", message)
 
 
 @lru_cache(maxsize=1)

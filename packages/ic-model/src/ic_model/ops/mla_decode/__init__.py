@@ -48,8 +48,8 @@ def mla_decode(
             last page are never read, nor are rows past its last token.
         seq_lens: `[B]` int32, cached tokens of each sequence, its T queries included; 0 gives zeros.
         kv_lora_rank: C.
-        softmax_scale: factor on the scores.
-        kv_scale: what a number in kv_cache is multiplied by, one for the whole tensor.
+        softmax_scale: positive factor on the scores.
+        kv_scale: what a number in kv_cache is multiplied by, positive, one for the whole tensor.
         q_rope: `[B, T, N, R]` of q's dtype, the rotated query where it lies apart, so that nobody has to copy both
             into one tensor.
         implementation: "hopper", "turing", "triton" or "reference"; None takes the first of these that can.
@@ -59,9 +59,11 @@ def mla_decode(
         sees nothing gets zeros and minus infinity.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or `implementation` is none of them or cannot take these.
+        ValueError: shapes, dtypes, devices or numbers do not fit, or `implementation` is none of them or cannot
+            take these.
     """
     _check(q, q_rope, kv_cache, block_table, seq_lens, kv_lora_rank)
+    _check_numbers(softmax_scale=softmax_scale, kv_scale=kv_scale)
     if q_rope is not None and not (_lies_well(q) and _lies_well(q_rope)):
         # kernels would refuse them as they lie
         q, q_rope = torch.cat((q, q_rope), dim=-1), None
@@ -99,6 +101,9 @@ def _check(
     for (name, tensor), dims in zip(shapes.items(), (4, 3, 2, 1), strict=True):
         if tensor.dim() != dims:
             raise ValueError(f"{name} has shape {list(tensor.shape)}; accepted: {dims} dimensions")
+    if any(tensor.device != q.device for tensor in shapes.values()):
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in shapes.items())
+        raise ValueError(f"the tensors are {found}; accepted: one device")
     if q_rope is not None and (
         q_rope.shape[:-1] != q.shape[:-1]
         or (q_rope.dtype, q_rope.device) != (q.dtype, q.device)
@@ -129,6 +134,12 @@ def _check(
             raise ValueError(
                 f"{name} is {shapes[name].dtype}; accepted: torch.int32 (and int64 in the reference)"
             )
+
+
+def _check_numbers(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{name} is {number}; accepted: positive numbers")
 
 
 # the launchers import Triton, which not every machine has: each is asked for only when it may be used

@@ -44,29 +44,47 @@ def variants(capability: int) -> list[AotVariant]:
         if capability >= 80 or kv_lora_rank <= 256:
             found.append(_plain(capability, kv_lora_rank, rows, element))
         if capability == 90:
-            found += [_hopper(kv_lora_rank, rows, element, kv) for kv in (element, "fp8e4nv")]
-    if capability == 90:
+            found += [hopper_variant(kv_lora_rank, rows, element, kv) for kv in (element, "fp8e4nv")]
+    if capability < 90:
+        # on Hopper its own kernels take these
+        found.append(_plain(capability, 256, 32, element, fp8=True))
+        if capability >= 80:
+            found.append(_plain(capability, 512, 16, element, fp8=True))
+    else:
+        # other numbers of rows have launch parameters of their own
+        found += [hopper_variant(256, 16, element, kv) for kv in (element, "fp8e4nv")]
+        found.append(hopper_variant(512, 32, element, element))
         # launched only where they are asked for: no GPU has run them yet
-        found.append(_hopper(256, 128, element, element, gathers=1, block_rows=2 * CREW_ROWS, slots=3))
-        found.append(_hopper(512, 128, element, element, gathers=1))
+        found.append(hopper_variant(256, 128, element, element, gathers=1, block_rows=2 * CREW_ROWS, slots=3))
+        found.append(hopper_variant(512, 128, element, element, gathers=1))
     for batch in (1, 128):
         found.append(_combine(capability, batch, element))
+    found.append(_combine(capability, 1, element, rows=16, block_rows=16))
+    if capability == 90:
+        found += [
+            _combine(capability, 1, element, rows=128, block_rows=block_rows) for block_rows in (64, 128)
+        ]
     return found + (aot_variants(capability) if capability == 75 else [])
 
 
-def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVariant:
+def _plain(capability: int, kv_lora_rank: int, rows: int, element: str, *, fp8: bool = False) -> AotVariant:
     row_dim = kv_lora_rank + ROPE_DIM
     parameters = launch_parameters(
         OP, capability, kernel="triton", row_dim=row_dim, rows=rows, element_bytes=2
     )
     constants = triton_constants(parameters, 1, kv_lora_rank, row_dim, PAGE_TOKENS)
-    constants |= {"BLOCK_SEQS": BLOCK_SEQS, "FP8": False, "PDL": capability >= 90}
+    constants |= {"BLOCK_SEQS": BLOCK_SEQS, "FP8": fp8, "PDL": capability >= 90}
+    # e4m3 comes as bytes
+    elements = {
+        "q_ptr": element,
+        "q_rope_ptr": element,
+        "kv_ptr": "u8" if fp8 else element,
+        "out_ptr": element,
+    }
     return AotVariant(
-        name=f"triton {row_dim}, {rows} rows",
+        name=f"triton {row_dim}, {rows} rows" + (", fp8" if fp8 else ""),
         function=decode_kernel,
-        signature=_signature(
-            decode_kernel, {"q_ptr": element, "q_rope_ptr": element, "kv_ptr": element, "out_ptr": element}
-        ),
+        signature=_signature(decode_kernel, elements),
         constants=constants,
         num_warps=parameters["num_warps"],
         num_stages=parameters["num_stages"],
@@ -76,7 +94,16 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str) -> AotVa
     )
 
 
-def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int) -> AotVariant:
+def hopper_variant(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int) -> AotVariant:
+    """A kernel for Hopper.
+
+    Args:
+        kv_lora_rank: C.
+        rows: heads times query tokens.
+        element: Triton type of queries and results.
+        kv: of the cached rows.
+        changes: launch parameters other than those of the tuning file.
+    """
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
     parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
     parameters |= changes
@@ -102,13 +129,16 @@ def _hopper(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int)
     )
 
 
-def _combine(capability: int, batch: int, element: str) -> AotVariant:
-    parameters = launch_parameters(
-        OP, capability, kernel="combine", kv_lora_rank=512, block_rows=32, batch=batch
+def _combine(
+    capability: int, batch: int, element: str, *, rows: int = 32, block_rows: int = 32
+) -> AotVariant:
+    shape = {"kv_lora_rank": 512, "block_rows": block_rows, "batch": batch}
+    parameters = launch_parameters(OP, capability, kernel="combine", **shape)
+    split = Split(
+        batch=batch, rows=rows, block_rows=block_rows, block_tokens=64, processors=PROCESSORS[capability]
     )
-    split = Split(batch=batch, rows=32, block_rows=32, block_tokens=64, processors=PROCESSORS[capability])
     return AotVariant(
-        name=f"combine, batch {batch}",
+        name=f"combine, batch {batch}" + (f", blocks of {block_rows} rows" if block_rows != 32 else ""),
         function=combine_kernel,
         signature=_signature(combine_kernel, {"out_ptr": element}),
         constants=split.combine_constants(512, parameters) | {"PDL": capability >= 90},

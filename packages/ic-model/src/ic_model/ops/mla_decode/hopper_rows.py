@@ -219,6 +219,7 @@ def decode_hopper_rows_kernel(
 ):
     """Attend to one program's share of the list of tiles; grid and results are those of `kernel.decode_kernel`."""
     gl.static_assert(PARTS * BLOCK_ROWS == 2 * CREW_ROWS, "two crews, of rows or of columns")
+    gl.static_assert(SLOTS >= 2, "a tile's values are gathered when the next tile has come")
     COLUMNS: gl.constexpr = C // PARTS
     gl.static_assert(latent_desc.dtype != gl.float8e4nv, "fp8 rows are hopper.py's, which widens them")
     dtype: gl.constexpr = latent_desc.dtype

@@ -23,6 +23,8 @@ HOPPER_TILE_TOKENS = 64
 CREW_ROWS = 64
 # of the kernel that combines, per multiprocessor
 COMBINE_PROGRAMS = 4
+# each program looks at the lengths of all sequences at once, to find its place
+MAX_SEQUENCES = 4096
 # the interpreter has no multiprocessors; a few programs show the splitting
 INTERPRETED_PROCESSORS = 4
 FP8 = torch.float8_e4m3fn
@@ -42,6 +44,8 @@ def triton_refuses(
     """Say why the kernels in plain Triton cannot take these arguments, or None."""
     reason = kernel_refuses(q, kv_cache, block_table, seq_lens)
     latent, rope = _parts(q, q_rope, kv_lora_rank)
+    if reason is None and q.shape[0] > MAX_SEQUENCES:
+        reason = f"q has {q.shape[0]} sequences; accepted: up to {MAX_SEQUENCES}"
     if reason is None and kv_cache.dtype not in (q.dtype, FP8):
         reason = f"q is {q.dtype} and kv_cache is {kv_cache.dtype}; accepted: q's dtype, or {FP8}"
     if reason is None and (block_table.dtype, seq_lens.dtype) != (torch.int32, torch.int32):
@@ -55,6 +59,11 @@ def triton_refuses(
             f"q has strides {latent.stride()}, q_rope {rope.stride()} and kv_cache {kv_cache.stride()}; "
             f"accepted: multiples of {ALIGNED}"
         )
+    # without it rows are read number by number, as with other strides
+    starts = {"q": q.data_ptr(), "kv_cache": kv_cache.data_ptr()}
+    for name, start in starts.items():
+        if reason is None and start % 16:
+            reason = f"{name} begins at address {start:#x}; accepted: multiples of 16"
     if reason is None and kv_lora_rank > 256 and _capability(q.device) < (8, 0):
         reason = (
             f"kv_lora_rank is {kv_lora_rank}; accepted below capability 8.0: up to 256, for shared memory"
@@ -86,7 +95,6 @@ def hopper_refuses(
             page_stride % token_stride == 0 and token_stride * kv_cache.element_size() % 16 == 0,
             f"kv_cache has strides {kv_cache.stride()}; accepted: pages at multiples of rows, rows of 16 bytes",
         ),
-        (kv_cache.data_ptr() % 16 == 0, "kv_cache does not begin at a multiple of 16 bytes"),
     )
     return next((message for holds, message in checks if not holds), None)
 
@@ -121,7 +129,7 @@ class Split:
     @property
     def block_seqs(self) -> int:
         """Sequences that a program looks at to find its place; few sizes, so that few kernels are compiled."""
-        return next(size for size in (32, 256, 1024, 4096, 1 << 30) if self.batch <= size)
+        return next(size for size in (32, 256, 1024, MAX_SEQUENCES) if self.batch <= size)
 
     def combine_constants(self, kv_lora_rank: int, parameters: dict[str, int]) -> dict[str, Any]:
         """Of the second kernel: as many splits at a time as a sequence has, few columns where there are many."""

@@ -9,8 +9,9 @@ import torch
 import triton
 
 from ic_model.ops.aot import AotVariant
+from ic_model.ops.dispatch import on_device
 from ic_model.ops.launch import launch_parameters
-from ic_model.ops.mla_decode.launch import OP, ROPE_DIM, Split, _processors, _run
+from ic_model.ops.mla_decode.launch import MAX_SEQUENCES, OP, ROPE_DIM, Split, _processors, _run
 from ic_model.ops.mla_decode.reference import joined
 from ic_model.ops.mla_decode.turing_kernel import decode_turing_kernel
 
@@ -90,7 +91,9 @@ def mla_decode_turing(
             num_warps=parameters["splits"] * parameters["row_warps"],
         )
 
-    return _run(q, seq_lens, kv_lora_rank, split, launch)
+    # it is called without `mla_decode`, too
+    with on_device(q):
+        return _run(q, seq_lens, kv_lora_rank, split, launch)
 
 
 def refusal(
@@ -118,6 +121,8 @@ def refusal(
             f"kv_lora_rank is {kv_lora_rank} and qk_rope_head_dim {rope_dim}; accepted: multiples of 64 up to "
             f"{MAX_KV_LORA_RANK}, and {ROPE_DIM}"
         )
+    if q.shape[0] > MAX_SEQUENCES:
+        return f"q has {q.shape[0]} sequences; accepted: up to {MAX_SEQUENCES}"
     if not 1 <= q.shape[1] <= MAX_QUERY_TOKENS:
         return f"q has {q.shape[1]} query tokens; accepted: 1 to {MAX_QUERY_TOKENS}"
     if kv_cache.shape[1] % 16 or not kv_cache.shape[1]:

@@ -25,6 +25,8 @@ AUTOMATIC_ORDER = {
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM = 256
+# kernels count tokens in 32 bits
+MAX_TOKENS = 2**31 - 1
 
 
 def mla_prefill(
@@ -162,6 +164,8 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: int)
             raise ValueError(
                 f"{name} has last dimension {part.shape[-1]}; accepted: multiples of 16 to {MAX_DIM}"
             )
+        if part.shape[-3] > MAX_TOKENS:
+            raise ValueError(f"{name} has {part.shape[-3]} tokens; accepted: up to {MAX_TOKENS}")
         if part.stride(-1) != 1:
             raise ValueError(f"{name} has stride {part.stride(-1)} in its last dimension; accepted: 1")
 
@@ -213,7 +217,9 @@ def _implementations(function: str, q: torch.Tensor, wanted: str | None) -> list
     known = {
         "cudnn": Implementation("cudnn", lambda: getattr(sdpa, f"{function}_cudnn"), sdpa.cudnn_refuses),
         "triton": Implementation("triton", launch(function), _triton_refuses),
-        "gluon": Implementation("gluon", launch(function, gluon=True), _gluon_refuses),
+        "gluon": Implementation(
+            "gluon", launch(function, gluon=True, by_name=wanted is not None), _gluon_refuses
+        ),
         "torch": Implementation("torch", lambda: getattr(sdpa, function), sdpa.refuses),
         "reference": Implementation("reference", lambda: getattr(reference, function), lambda *_, **__: None),
     }

@@ -32,8 +32,9 @@ def locate(flat_block, cu_ptr, num_seqs, tokens, BLOCK: tl.constexpr, PACKED: tl
                 seq = middle
             else:
                 end = middle
-        start = tl.load(cu_ptr + seq)
-        length = tl.load(cu_ptr + seq + 1) - start
+        # the copy engine takes 32 bits, and lengths may come in 64
+        start = tl.load(cu_ptr + seq).to(tl.int32)
+        length = tl.load(cu_ptr + seq + 1).to(tl.int32) - start
         block = flat_block - (start // BLOCK + seq)
     else:
         blocks = tl.cdiv(tokens, BLOCK)
@@ -48,8 +49,9 @@ def locate(flat_block, cu_ptr, num_seqs, tokens, BLOCK: tl.constexpr, PACKED: tl
 def sequence(seq, cu_ptr, tokens, PACKED: tl.constexpr):
     """First token and tokens of a sequence."""
     if PACKED:
-        start = tl.load(cu_ptr + seq)
-        length = tl.load(cu_ptr + seq + 1) - start
+        # the copy engine takes 32 bits, and lengths may come in 64
+        start = tl.load(cu_ptr + seq).to(tl.int32)
+        length = tl.load(cu_ptr + seq + 1).to(tl.int32) - start
     else:
         start = 0
         length = tokens

@@ -144,7 +144,10 @@ def _backward(
 
     q, k, v = _batched(q, k, v)
     gluon = implementation != "triton" and gluon_refuses(q, k, v) is None
-    problem = Problem(cu_q=cu_seqlens, cu_k=cu_seqlens, softmax_scale=softmax_scale, causal=True, gluon=gluon)
+    problem = Problem(
+        cu_q=cu_seqlens, cu_k=cu_seqlens, softmax_scale=softmax_scale, causal=True, gluon=gluon,
+        by_name=implementation == "gluon",
+    )  # fmt: skip
     return launch.gradients(d_out, q, k, v, out, lse, problem)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from ic_model.ops.dispatch import REFERENCE, Implementation, dispatch
 from ic_model.ops.mla_prefill.backward import delta_kernel, keys_kernel, queries_kernel
 from ic_model.ops.mla_prefill.blocks import LOG2_E
 from ic_model.ops.mla_prefill.hopper_launch import backward_gluon, forward_gluon
@@ -44,6 +45,7 @@ def mla_prefill(
     causal: bool = True,
     return_lse: bool = False,
     gluon: bool = False,
+    by_name: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend within each packed sequence; see `mla_prefill` of the package.
 
@@ -51,11 +53,12 @@ def mla_prefill(
         q, k, v, cu_seqlens_q, cu_seqlens_k: see there.
         max_seqlen_q, max_seqlen_k: unused: the grid follows from the numbers of tokens and sequences.
         softmax_scale, causal, return_lse: see there.
-        gluon: see `Problem`.
+        gluon, by_name: see `Problem`.
     """
     problem = Problem(
-        cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, gluon=gluon
-    )
+        cu_q=cu_seqlens_q, cu_k=cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, gluon=gluon,
+        by_name=by_name,
+    )  # fmt: skip
     out, lse = attention(q[None], k[None], v[None], problem)
     return (out[0], lse[0]) if return_lse else out[0]
 
@@ -69,14 +72,17 @@ def mla_prefill_dense(
     causal: bool = True,
     return_lse: bool = False,
     gluon: bool = False,
+    by_name: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend in a batch `[B, T, N, dim]`; see `mla_prefill_dense` of the package, but for the layout.
 
     Args:
         q, k, v, softmax_scale, causal, return_lse: see there.
-        gluon: see `Problem`.
+        gluon, by_name: see `Problem`.
     """
-    problem = Problem(cu_q=None, cu_k=None, softmax_scale=softmax_scale, causal=causal, gluon=gluon)
+    problem = Problem(
+        cu_q=None, cu_k=None, softmax_scale=softmax_scale, causal=causal, gluon=gluon, by_name=by_name
+    )
     out, lse = attention(q, k, v, problem)
     return (out, lse) if return_lse else out
 
@@ -127,12 +133,21 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `backward`, by the kernel for Hopper where the problem names it and determinism is not asked for.
 
+    Where that kernel does not compile or launch, `backward` stands in, unless it was asked for by name.
+
     Args:
         d_out, q, k, v, out, lse, problem: of `backward`.
     """
     # that kernel adds in any order
     fast = problem.gluon and not torch.are_deterministic_algorithms_enabled()
-    return (backward_gluon if fast else backward)(d_out, q, k, v, out, lse, problem)
+    ways = [Implementation("gluon", lambda: backward_gluon, _takes_all)] if fast else []
+    ways.append(Implementation(REFERENCE, lambda: backward, _takes_all))
+    wanted = "gluon" if fast and problem.by_name else None
+    return dispatch("mla_prefill_backward", ways, wanted, d_out, q, k, v, out, lse, problem)
+
+
+def _takes_all(*_: Any) -> None:
+    """Refuses nothing: what the forward pass took, the backward pass takes."""
 
 
 def backward(

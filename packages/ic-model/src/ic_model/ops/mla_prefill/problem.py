@@ -20,6 +20,7 @@ class Problem:
         softmax_scale: factor on the scores.
         causal: bottom-right aligned.
         gluon: whether the forward pass is the kernel for Hopper.
+        by_name: whether that kernel was asked for, so that no other stands in for its backward pass.
     """
 
     cu_q: torch.Tensor | None
@@ -27,6 +28,7 @@ class Problem:
     softmax_scale: float
     causal: bool
     gluon: bool = False
+    by_name: bool = False
 
     @property
     def packed(self) -> bool:
