@@ -23,7 +23,7 @@ from typing import Any
 from ic_model.ops import aot
 from ic_model.sizing import GIB
 from ic_train.evaluation.passkey import wilson_interval
-from ic_train.evaluation.report import difference_interval
+from ic_train.evaluation.report import Pairs, paired_interval
 
 from bench.cases.serving_tables import TABLES as SERVING_TABLES
 from bench.cases.training_tables import TABLES as TRAINING_TABLES
@@ -392,7 +392,7 @@ def aot_table(rows: Sequence[Row]) -> str:
 
 
 def preferences_table(rows: Sequence[Row]) -> str:
-    """Right answers before and after preference training, with the 95 % interval of the gain by Newcombe.
+    """Right answers before and after preference training, with the paired 95 % interval of the gain by Newcombe.
 
     Of a stretch's perplexity, which what follows cannot change, the last row stands: the longest context's.
     """
@@ -412,12 +412,14 @@ def preferences_table(rows: Sequence[Row]) -> str:
             lines.append(f"| {span} | {row['context_tokens']:,} | {before} | {after} | | | {trained}")
             continue
         asked = row["asked"]
-        before, after = (row["right_before"], asked), (row["right_after"], asked)
-        low, high = difference_interval(before, after)
-        gain = (row["right_after"] - row["right_before"]) / asked
+        before, after, lost, won = (
+            row[name] for name in ("right_before", "right_after", "only_before", "only_after")
+        )
+        pairs = Pairs(both=before - lost, lost=lost, won=won, neither=asked - before - won)
+        low, high = paired_interval(pairs)
         lines.append(
-            f"| {row['task']} | {row['context_tokens']:,} | {before[0]} of {asked} | {after[0]} of {asked} | "
-            f"{gain:+.1%} [{low:+.1%}, {high:+.1%}] | {row['only_before']}, {row['only_after']} | {trained}"
+            f"| {row['task']} | {row['context_tokens']:,} | {before} of {asked} | {after} of {asked} | "
+            f"{(after - before) / asked:+.1%} [{low:+.1%}, {high:+.1%}] | {lost}, {won} | {trained}"
         )
     return "\n".join(lines)
 

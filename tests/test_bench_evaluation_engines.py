@@ -38,6 +38,7 @@ def test_verdicts_and_texts_are_compared_question_by_question(tmp_path, capsys):
     assert "2 and    3 of 4 right, 2 the same text" in capsys.readouterr().out
     (row,) = load_rows(tmp_path / "results")
     assert (row["only_process"], row["only_server"]) == (0, 1)
+    assert (row["verdicts_process"], row["verdicts_server"], row["same_texts"]) == ("1100", "1110", "1001")
     assert "| m | niah | 4,096 | 2 of 4 | 3 of 4 | 0, 1 | 2 of 4 | server |" in engines_table([row])
     assert engines_table([row]).endswith(": 1 of 4 questions have another verdict.")
     (folder,) = (tmp_path / "results").iterdir()

@@ -1,5 +1,6 @@
 """Two evaluations become one result, and its table."""
 
+import hashlib
 import json
 
 import pytest
@@ -44,13 +45,16 @@ def test_right_answers_are_counted_question_by_question(tmp_path, trained, capsy
     assert next((tmp_path / "results").glob("*/preferences.png")).stat().st_size > 10_000
     assert (row["asked"], row["right_before"], row["right_after"]) == (4, 1, 2)
     assert (row["only_before"], row["only_after"]) == (1, 2)
+    assert (row["verdicts_before"], row["verdicts_after"]) == ("1000", "0110")
+    asked = json.dumps([[f"absent-{number}", "who?", ""] for number in range(4)])
+    assert row["questions_sha256"] == hashlib.sha256(asked.encode()).hexdigest()
     assert (row["objective"], row["longest_pair_tokens"]) == ("dpo", 1000)
     assert (row["training_commit"], read["perplexity_after"]) == ("c", 6.0)
     table = preferences_table([row, read]).splitlines()
     assert len(table) == 4
     assert "| perplexity, tokens 0 to 512 | 512 | 6.00 [1.50, 9.00] | 6.00 [1.50, 9.00] |" in table[3]
-    # Newcombe's method by hand: 1/4 and 2/4 with their Wilson intervals [0.0456, 0.6994] and [0.1500, 0.8500]
-    assert "| 1 of 4 | 2 of 4 | +25.0% [-32.0%, +65.5%] | 1, 2 |" in table[2]
+    # by hand: 1/4 and 2/4 with their Wilson intervals [0.0456, 0.6994] and [0.1500, 0.8500], phi -2 / sqrt(12)
+    assert "| 1 of 4 | 2 of 4 | +25.0% [-46.1%, +74.7%] | 1, 2 |" in table[2]
 
 
 def test_other_questions_are_refused(tmp_path, trained, capsys):
@@ -59,7 +63,18 @@ def test_other_questions_are_refused(tmp_path, trained, capsys):
         *_evaluation(tmp_path / "after", [True], question="where?"),
     ]
     assert preferences.main([*words, *trained]) == 2
-    assert "asked different questions" in capsys.readouterr().err
+    assert "--before and --after asked different questions (1 and 1 questions, 0 the same)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_shares_are_not_taken_for_right_answers(tmp_path, trained, capsys):
+    words = [*_evaluation(tmp_path / "before", [0.25, 1.0]), *_evaluation(tmp_path / "after", [1.0, 1.0])]
+    assert preferences.main([*words, *trained]) == 2
+    error = capsys.readouterr().err
+    assert "absent at 4096 tokens: --before and --after need the answer to every question" in error
+    assert "scored by the share of their parts" in error
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_folder_without_a_record_is_refused(tmp_path, capsys):

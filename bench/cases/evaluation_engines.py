@@ -4,8 +4,8 @@
     ic-train evaluate --server URL --tokenizer MODEL --suite niah,distractors --lengths 4k,1M --out runs/server
     python -m bench.cases.evaluation_engines --process runs/process --server runs/server
 
-Rows hold the counts of both, how many questions each of the two alone got right, and how many answers are the
-same text.
+Rows hold the counts of both, how many questions each of the two alone got right, how many answers are the same
+text, and all of that question by question.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ic_train.evaluation.plots import plot_passkey
 from ic_train.evaluation.report import has_depths, read_report
 from ic_train.results import host_of, new_result_folder, write_result
 
-from bench.cases.preferences import paired_counts
+from bench.cases.preferences import digits, paired_counts
 
 TOPIC = "evaluation-engines"
 PLACES = ("process", "server")
@@ -85,7 +85,9 @@ def compared(process: _Asked, server: _Asked) -> list[dict[str, Any]]:
     for case, first in process.items():
         if (second := server.get(case)) is None:
             continue
-        texts = [{sample["id"]: sample["answer"] for sample in row["samples"]} for row in (first, second)]
+        counts = paired_counts(first, second, PLACES)
+        other = {sample["id"]: sample["answer"] for sample in second["samples"]}
+        same = [sample["answer"] == other[sample["id"]] for sample in first["samples"]]
         rows.append(
             {
                 "model": first["model"],
@@ -93,8 +95,9 @@ def compared(process: _Asked, server: _Asked) -> list[dict[str, Any]]:
                 "dtype_in_process": first["kv_dtype"],
                 "task": case[0],
                 "context_tokens": case[1],
-                **paired_counts(first, second, PLACES),
-                "same_text": sum(text == texts[1][name] for name, text in texts[0].items()),
+                **counts,
+                "same_text": sum(same),
+                "same_texts": digits(same),
             }
         )
     if not rows:

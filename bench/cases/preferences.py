@@ -2,21 +2,23 @@
 
     python -m bench.cases.preferences --before before/evaluation --after after/evaluation --training after
 
-They have to ask the same questions. Rows hold counts, and how many questions each of the two alone got right; with
-perplexity, where both measured it, the mean and its interval. `preferences.png` shows all of it.
+They have to ask the same questions. Rows hold counts, how many questions each of the two alone got right, and the
+verdicts question by question; with perplexity, where both measured it, the mean and its interval.
+`preferences.png` shows all of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ic_train.evaluation.passkey import wilson_interval
-from ic_train.evaluation.report import read_report
+from ic_train.evaluation.report import different_questions, paired, read_report
 from ic_train.results import host_of, new_result_folder, write_result
 
 TOPIC = "preferences"
@@ -190,31 +192,44 @@ def _counts(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def paired_counts(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> dict[str, Any]:
-    """How many questions both runs got right, and how many each alone.
+    """How many questions both runs got right, how many each alone, and the verdict on every one.
+
+    `verdicts_*` has a digit per question, 1 where it was right, in the order of the first row's samples;
+    `questions_sha256` is that of their ids, questions and references in this order, as JSON.
 
     Args:
         first: row of a report, with its samples.
         second: the same task and length.
-        names: of the two, behind "right_" and "only_".
+        names: of the two, behind "right_", "only_" and "verdicts_".
 
     Raises:
-        ValueError: they asked different questions.
+        ValueError: they asked different questions, or answers are scored by shares.
     """
-    answers = [{sample["id"]: sample for sample in row["samples"]} for row in (first, second)]
-    asked = [{name: (one["question"], one["reference"]) for name, one in part.items()} for part in answers]
-    if asked[0] != asked[1]:
+    case = f"{first['task']} at {first['context_tokens']} tokens"
+    if how := different_questions(first, second):
+        raise ValueError(f"{case}: --{names[0]} and --{names[1]} asked different questions ({how})")
+    if (pairs := paired(first, second)) is None:
         raise ValueError(
-            f"{first['task']} at {first['context_tokens']} tokens: --{names[0]} and --{names[1]} asked "
-            "different questions"
+            f"{case}: --{names[0]} and --{names[1]} need the answer to every question, each right or wrong; here "
+            "answers are missing, or scored by the share of their parts"
         )
-    right = [{name: bool(one["correct"]) for name, one in part.items()} for part in answers]
+    after = {sample["id"]: sample for sample in second["samples"]}
+    asked = [[sample[name] for name in ("id", "question", "reference")] for sample in first["samples"]]
     return {
-        "asked": len(asked[0]),
-        f"right_{names[0]}": sum(right[0].values()),
-        f"right_{names[1]}": sum(right[1].values()),
-        f"only_{names[0]}": sum(right[0][name] and not right[1][name] for name in right[0]),
-        f"only_{names[1]}": sum(right[1][name] and not right[0][name] for name in right[0]),
+        "asked": len(asked),
+        f"right_{names[0]}": pairs.both + pairs.lost,
+        f"right_{names[1]}": pairs.both + pairs.won,
+        f"only_{names[0]}": pairs.lost,
+        f"only_{names[1]}": pairs.won,
+        f"verdicts_{names[0]}": digits(sample["correct"] for sample in first["samples"]),
+        f"verdicts_{names[1]}": digits(after[sample["id"]]["correct"] for sample in first["samples"]),
+        "questions_sha256": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
     }
+
+
+def digits(verdicts: Iterable[bool | float]) -> str:
+    """Verdicts as a text of 1 and 0: a list would take a line of the result for each."""
+    return "".join("1" if verdict else "0" for verdict in verdicts)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ic_train.evaluation.serving import serve
 SCRIPT = [sys.executable, openai_server.__file__, "{port}"]
 EVALUATE = ["--tokenizer", str(checkpoint_path("ic-nano")), "--suite", "niah", "--lengths", "2k"]
 EVALUATE += ["--questions", "60", "--keys-per-context", "20"]
+LEAST = [{"task": "niah", "context_tokens": 2048, "least": 0.8}]
 GOOD = [{"task": "niah", "context_tokens": 2048, "least": 0.9, "most_loss": 0.1}]
 
 
@@ -55,7 +56,8 @@ def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing_and_holds_it_to_new_t
 ) -> None:
     base = report(tmp_path / "base", niah(60, 60))
     with ScriptedServer(lambda body: "Right. [RESULT] 5") as judge:
-        words = configure(tmp_path, [*GOOD, {"task": "judge", "least": 0.9}], judge={"server": judge.url})
+        limits = [*GOOD, {"task": "judge", "least": 0.9, "uncalibrated": True}]
+        words = configure(tmp_path, limits, judge={"server": judge.url})
         assert cli.main([*words, "--base", str(base)]) == 0
         assert len(judge.requests) == 60
         output = capsys.readouterr().out
@@ -63,27 +65,32 @@ def test_a_good_checkpoint_passes_and_a_rerun_asks_nothing_and_holds_it_to_new_t
         configure(tmp_path, strict, judge={"server": judge.url})
         assert cli.main([*words, "--base", str(base)]) == 4
         assert len(judge.requests) == 60
-    # 60 of 60 do not show 97 %
-    assert "FAILED: niah at 2,048 tokens: least 0.97, found 0.9398" in capsys.readouterr().out
+        # 60 of 60 do not show 97 %
+        assert "FAILED: niah at 2,048 tokens: least 0.97, found 0.9398" in capsys.readouterr().out
+        # a length more
+        longer = [*EVALUATE, "--lengths", "2k,4k"]
+        configure(tmp_path, limits, judge={"server": judge.url}, evaluate=longer)
+        assert cli.main([*words, "--base", str(base)]) == 0
+        assert len(judge.requests) == 120
     assert "passed: niah at 2,048 tokens: least 0.9, found 0.9398" in output
     assert "passed: niah at 2,048 tokens: most_loss 0.1, found 0.06017" in output
     assert "passed: judge: least 0.9, found 0.9398" in output
     assert (
-        "| niah | 2,048 | 60/60 [94.0%, 100.0%] | 60/60 [94.0%, 100.0%] | [-6.0, +6.0] points |"
+        "| niah | 2,048 | 60/60 [94.0%, 100.0%] | 60/60 [94.0%, 100.0%] | [-6.0, +6.0] points, independent |"
         in (tmp_path / "out" / "comparison.md").read_text()
     )
-    assert len((tmp_path / "out" / "evaluation" / "answers.jsonl").read_text().splitlines()) == 60
+    assert len((tmp_path / "out" / "evaluation" / "answers.jsonl").read_text().splitlines()) == 120
 
 
 def test_a_server_that_does_not_start_shows_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = configure(tmp_path, GOOD, serve=[sys.executable, "-c", "raise SystemExit('no GPU here')"])
+    words = configure(tmp_path, LEAST, serve=[sys.executable, "-c", "raise SystemExit('no GPU here')"])
     assert cli.main(words) == 1
     error = capsys.readouterr().err
     assert "the server ended with status 1" in error
     assert "no GPU here" in error
-    words = configure(tmp_path, GOOD, serve=["no-such-program"])
+    words = configure(tmp_path, LEAST, serve=["no-such-program"])
     assert cli.main(words) == 1
     assert "no-such-program cannot be run" in capsys.readouterr().err
 
@@ -204,9 +211,14 @@ def test_perplexity_is_held_in_every_bin(tmp_path: Path, most: float, status: in
         ("[{task: niah, context_tokens: 2048, least: 90}]", "least is 90; it must be a share from 0 to 1"),
         (
             "[{task: niah, context_tokens: 4096, least: 0.9}]",
-            "niah at 4096 tokens, which this run did not measure",
+            "niah at 4096 tokens, which this run does not measure; it has niah at 2048",
         ),
         ("[{task: niah, context_tokens: 2048, most_loss: 0.1}]", "give the run to compare with as --base"),
+        (
+            "[{task: niah, context_tokens: 2048, least: 0.9, uncalibrated: true}]",
+            "uncalibrated is True; it must be true or false, and only judge takes true",
+        ),
+        ("[{task: judge, least: 0.1, uncalibrated: 1}]", "uncalibrated is 1; it must be true or false"),
         ("[{task: judge, least: 0.1}]", "a threshold is on judge; no scores of a judge are there"),
     ],
 )
@@ -236,3 +248,147 @@ def test_a_wrong_configuration_is_refused_before_a_server_starts(
     assert cli.main(configure(tmp_path, GOOD, **fields)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("limits", "fields", "message"),
+    [
+        (
+            [{"task": "passkey", "context_tokens": 2048, "least": 0.9}],
+            {},
+            "passkey at 2048 tokens, which this run does not measure; it has niah at 2048",
+        ),
+        ([{"task": "niah", "context_tokens": 4096, "least": 0.9}], {}, "niah at 4096 tokens, which this run"),
+        (
+            [{"task": "ruler_qa_squad", "context_tokens": 2048, "least": 0.9}],
+            {"evaluate": ["--suite", "ruler", "--lengths", "2k"]},
+            "ruler_qa_squad at 2048 tokens, which this run does not measure; it has niah_single_1 at 2048, ",
+        ),
+        (
+            [{"task": "niah", "context_tokens": 4096, "most_loss": 0.1}],
+            {"evaluate": [*EVALUATE, "--lengths", "4k"]},
+            "niah at 4096 tokens, which the base does not measure; it has niah at 2048",
+        ),
+        (
+            [{"task": "perplexity", "context_tokens": 2048, "most": 9}],
+            {},
+            "perplexity at 2048 tokens, which this run does not measure",
+        ),
+        (
+            GOOD,
+            {"evaluate": ["--suite", "perplexity"]},
+            "evaluate has --suite with 'perplexity'; accepted behind",
+        ),
+        ([{"task": "judge", "least": 0.9}], {}, "a threshold is on judge; no scores of a judge are there"),
+        (
+            [{"task": "judge", "least": 0.9}],
+            {"judge": {"server": "http://127.0.0.1:9", "arguments": ["--against", "other.jsonl"]}},
+            "a threshold is on judge; no scores of a judge are there",
+        ),
+        (
+            [{"task": "judge", "least": 0.9}],
+            {"judge": {"server": "http://127.0.0.1:9"}},
+            "a threshold is on judge, which was not calibrated",
+        ),
+        (
+            GOOD,
+            {"judge": {"server": "http://127.0.0.1:9", "arguments": ["--calibration", "nowhere"]}},
+            "--calibration is 'nowhere', which has no report.json",
+        ),
+        (
+            GOOD,
+            {"judge": {"server": "http://127.0.0.1:9", "arguments": ["--rubric", "nowhere"]}},
+            "--rubric is 'nowhere', which does not exist",
+        ),
+        (GOOD, {"judge": {"server": "127.0.0.1:9"}}, "--server is '127.0.0.1:9'; it must start with http"),
+    ],
+)
+def test_what_no_run_could_keep_to_is_refused_before_a_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limits: list, fields: dict, message: str
+) -> None:
+    base = report(tmp_path / "base", niah(60, 60))
+    assert cli.main([*configure(tmp_path, limits, **fields), "--base", str(base)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (
+            {"seed": 7},
+            "a threshold has most_loss on niah; this run has seed 1000, the base 7: evaluate both with",
+        ),
+        ({"questions": 200}, "this run has questions 60, the base 200"),
+        ({"keys_per_context": 50}, "this run has keys_per_context 20, the base 50"),
+        ({"haystack_sha256": "another"}, "the base 'another'"),
+    ],
+)
+def test_a_base_with_other_questions_is_refused_before_a_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], held: dict, message: str
+) -> None:
+    base = report(tmp_path / "base", niah(60, 60))
+    (base / "run.json").write_text(json.dumps(held))
+    assert cli.main([*configure(tmp_path, GOOD), "--base", str(base)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_needs_a_base_before_a_server_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(configure(tmp_path, GOOD)) == 2
+    assert "a threshold has most_loss; give the run to compare with as --base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_of_other_weights_are_not_reported_as_the_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"first")
+    words = configure(tmp_path, LEAST, serve=["no-such-program"])
+    words[2] = str(model)
+    assert cli.main(words) == 1
+    # nothing was answered yet, and training goes on
+    (model / "model.safetensors").write_bytes(b"later")
+    configure(tmp_path, LEAST)
+    assert cli.main(words) == 0
+    held = (out / "weights.json").read_bytes()
+    (model / "model.safetensors").write_bytes(b"final")
+    assert cli.main(words) == 2
+    assert (
+        f"{out} holds answers of other weights than {model} has now; move it away" in capsys.readouterr().err
+    )
+    assert (out / "weights.json").read_bytes() == held
+    # of a folder made before weights were noted, nobody knows
+    (out / "weights.json").unlink()
+    assert cli.main(words) == 2
+    assert f"{out} holds answers, and not of which weights they are; move it away" in capsys.readouterr().err
+    out.rename(tmp_path / "before")
+    assert cli.main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "entry", "status"),
+    [
+        (True, {}, 0),
+        (False, {}, 2),
+        (None, {}, 2),
+        (False, {"uncalibrated": True}, 0),
+        (None, {"uncalibrated": True}, 0),
+        (None, {"uncalibrated": False}, 2),
+    ],
+)
+def test_a_threshold_relies_on_a_calibrated_judge(
+    tmp_path: Path, calibrated: bool | None, entry: dict, status: int
+) -> None:
+    run = report(tmp_path / "run", niah(60, 60))
+    scores = {"kind": "absolute", "good": 60, "total": 60, "calibrated": calibrated}
+    judged = report(tmp_path / "judged", scores)
+    path = tmp_path / "thresholds.yaml"
+    path.write_text(json.dumps([{"task": "judge", "least": 0.9, **entry}]))
+    words = ["evaluate", "check", str(run), "--thresholds", str(path), "--judged", str(judged)]
+    assert cli.main(words) == status

@@ -1,6 +1,8 @@
 """Retrieval is measured on documents of the right length, and the cache is left as it was."""
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from ic_model.presets import preset
 from transformers import AutoTokenizer
 
 from ic_train import cli
+from ic_train.evaluation import passkey_command
 from ic_train.evaluation.generation import CachedContext
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey import evaluate_passkey, make_document, wilson_interval
@@ -146,7 +149,9 @@ def test_wilson_interval_is_right_near_one() -> None:
     assert wilson_interval(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
 
 
-def test_the_command_writes_result_and_plot(model: ICForCausalLM, tmp_path: Path) -> None:
+def test_the_command_writes_result_and_plot(
+    model: ICForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     arguments = [
@@ -161,6 +166,8 @@ def test_the_command_writes_result_and_plot(model: ICForCausalLM, tmp_path: Path
         cli.main([*arguments, "--context-tokens", "600", "900", "--contexts", "1", "--keys-per-context", "3"])
         == 0
     )
+    # a percentage is claimed from 200 questions on
+    assert re.search(r"900 tokens: \d of 3 pass keys \(95 % interval", capsys.readouterr().out)
     (folder,) = (tmp_path / "results").iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert [(row["context_tokens"], row["total"], row["task"]) for row in result["rows"]] == [
@@ -169,6 +176,15 @@ def test_the_command_writes_result_and_plot(model: ICForCausalLM, tmp_path: Path
     ]
     assert {"command", "commit", "dirty", "gpu", "driver", "versions", "seed"} <= set(result)
     assert (folder / "passkey.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_enough_questions_give_a_percentage(capsys: pytest.CaptureFixture[str]) -> None:
+    options = argparse.Namespace(dtype="float32", haystack="jargon")
+    for total in (199, 200):
+        passkey_command._row(options, "model", 4096, [{"correct": True}] * total)
+    few, enough = capsys.readouterr().out.splitlines()
+    assert "4,096 tokens: 199 of 199 pass keys (95 % interval 98.1% to 100.0%)" in few
+    assert "4,096 tokens: 200 of 200 pass keys (100.0%, 95 % interval 98.1% to 100.0%)" in enough
 
 
 @pytest.mark.parametrize(

@@ -329,8 +329,7 @@ def test_a_calibration_is_reported_with_its_judges_verdicts(
             == 2
         )
     assert (
-        "--calibration is of 'scripted' (calibration); it must be the calibration of 'another'"
-        in capsys.readouterr().err
+        "--calibration is of 'scripted'; it must be the calibration of 'another'" in capsys.readouterr().err
     )
 
 

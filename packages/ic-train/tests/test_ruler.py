@@ -1,5 +1,6 @@
 """RULER out of lm-eval: the prompts are those of its own loop, and the run is like that of any other suite."""
 
+import asyncio
 import functools
 import json
 import random
@@ -27,10 +28,14 @@ from transformers import PreTrainedTokenizerFast
 
 from ic_train import cli
 from ic_train.evaluation import ruler_tasks
+from ic_train.evaluation.client import Client, ServedModel
+from ic_train.evaluation.engines import Server
 from ic_train.evaluation.haystack import load_haystack
 from ic_train.evaluation.records import read_records
-from ic_train.evaluation.ruler import ruler_contexts
+from ic_train.evaluation.ruler import check_ruler, ruler_contexts
 from ic_train.evaluation.ruler_tasks import RULER_TASKS, RulerPlan, ruler_settings
+from ic_train.evaluation.run import Run, evaluate
+from ic_train.evaluation.tasks import Plan
 
 HAYSTACK = load_haystack("jargon")
 OFFLINE = [name for name, task in RULER_TASKS.items() if not task.data]
@@ -376,6 +381,72 @@ def test_what_cannot_be_asked_is_refused_and_nothing_is(
     assert status == 2
     assert message in capsys.readouterr().err
     assert server.requests == []
+    # the next command may have other settings
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_length_that_a_task_of_ruler_does_not_take_leaves_that_task_out(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--questions", "1", "--lengths", "512,1k", "--suite"]
+    with ScriptedServer(reader) as server:
+        assert run(server, folder, tmp_path / "named", *words, "ruler,ruler_vt") == 2
+        assert "--lengths has 512; ruler_vt with this model takes from" in capsys.readouterr().err
+        assert server.requests == []
+        assert run(server, folder, tmp_path / "out", *words, "ruler") == 0
+        shown = capsys.readouterr()
+        asked = len(server.requests)
+        assert run(server, folder, tmp_path / "out", *words, "ruler") == 0
+        assert len(server.requests) == asked
+    (note,) = re.findall(r"not asked: ruler_vt at 512 tokens: with this model takes from \d+ on", shown.err)
+    assert f"{note}.\n" in shown.out
+    assert f"{note}.\n" in (tmp_path / "out" / "report.md").read_text()
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    found = [(row["task"], row["context_tokens"]) for row in rows]
+    left_out = [(name, tokens) for name in OFFLINE for tokens in (512, 1024) if (name, tokens) not in found]
+    assert ("ruler_vt", 512) in left_out
+    assert ("niah_single_1", 512) in found
+    assert len(re.findall("^not asked: .* at 512 tokens", shown.err, re.MULTILINE)) == len(left_out)
+
+
+def test_the_whole_of_ruler_is_asked_at_a_million_tokens_but_for_its_few_words() -> None:
+    left_out = check_ruler(plan(), OFFLINE, [4096, 1_048_576], optional=OFFLINE)
+    assert list(left_out) == [("ruler_cwe", 1_048_576)]
+    assert re.fullmatch(r"with this model takes from \d+ to \d+", left_out["ruler_cwe", 1_048_576])
+
+
+def test_nothing_that_can_be_asked_is_refused(tmp_path: Path) -> None:
+    wanted = Run(
+        folder=tmp_path / "out",
+        plan=Plan(haystack=HAYSTACK, tokenizer=TOKENIZER, num_questions=1, keys_per_context=1, seed=1),
+        suites=OFFLINE,
+        lengths_tokens=[64],
+        texts=1,
+        labels={},
+        settings={},
+        ruler=plan(),
+        optional=OFFLINE,
+    )
+    with ScriptedServer(reader) as server:
+        engine = Server(Client(server.url), ServedModel(name="", max_tokens=None, engine=""), TOKENIZER)
+        with pytest.raises(
+            ValueError, match=r"--lengths has 64; .* takes from .*, and no other task takes it"
+        ):
+            asyncio.run(evaluate(wanted, engine))
+    assert not wanted.folder.exists()
+
+
+def test_every_question_has_to_have_room_for_its_documents(tmp_path: Path, folder: Path) -> None:
+    entries = json.loads((folder / "hotpot.json").read_text())
+    entries[2]["context"][0][1] = [" ".join(HAYSTACK.split()[:1000])]
+    (tmp_path / "hotpot.json").write_text(json.dumps(entries))
+    ours = plan()
+    ours.data["hotpot"] = tmp_path / "hotpot.json"
+    # the others have: it would be found when they are answered
+    with pytest.raises(ValueError, match="--lengths has 1024; ruler_qa_hotpot with this model takes from"):
+        check_ruler(ours, ["ruler_qa_hotpot"], [1024])
+    ours.num_questions = 2
+    assert check_ruler(ours, ["ruler_qa_hotpot"], [1024]) == {}
 
 
 def test_ic_nano_in_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,16 @@ _FIRST_PAUSE_S = 0.5
 
 
 class ServerError(RuntimeError):
-    """A server gave no usable answer after all retries."""
+    """A server gave no usable answer after all retries.
+
+    Args:
+        message: what happened.
+        status: of HTTP, where the server refused.
+    """
+
+    def __init__(self, message: str, *, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +45,8 @@ class Client:
     """An OpenAI-compatible server.
 
     429, 5xx, time-outs and lost connections are retried by the `openai` package, which backs off and keeps to
-    Retry-After; answers that are no JSON or have no text, here.
+    Retry-After, but does not try again where that is more than two minutes; answers that are no JSON or have no
+    text, here.
 
     Args:
         url: base URL, as `http://host:8000/v1`; `/v1` is added where the path is empty.
@@ -124,7 +134,12 @@ class Client:
             try:
                 return pick(await send())
             except openai.APIStatusError as error:
-                raise ServerError(f"{self.url} answered {error.status_code}: {error.message}") from error
+                wait = error.response.headers.get("Retry-After")
+                asked = f" (Retry-After: {wait})" if wait else ""
+                raise ServerError(
+                    f"{self.url} answered {error.status_code}{asked}: {error.message}",
+                    status=error.status_code,
+                ) from error
             except openai.APIConnectionError as error:
                 raise ServerError(f"{self.url} does not answer: {error.__cause__ or error}") from error
             # what came is no JSON, or has not the fields of an answer

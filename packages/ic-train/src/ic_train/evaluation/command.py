@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ic_train.evaluation.client import APIS, Client, ServedModel, ServerError
 from ic_train.evaluation.engines import InProcess, Server
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
-from ic_train.evaluation.passkey_command import DTYPES
+from ic_train.evaluation.passkey_command import DTYPES, readable
 from ic_train.evaluation.report import MIN_FOR_PERCENTAGE, TABLE_FILE, compare, read_report
 from ic_train.evaluation.ruler import left_out, ruler_suites
 from ic_train.evaluation.ruler_tasks import RULER_FILES, RULER_TASKS, RulerPlan
 from ic_train.evaluation.run import PERPLEXITY, SUITES, Run, check_lengths, evaluate
-from ic_train.evaluation.tasks import Plan
+from ic_train.evaluation.tasks import ANSWER_TOKENS, Plan
 from ic_train.evaluation.trackers import add_report_to, parse_report_to, send_report
 from ic_train.evaluation.wordings import PLAIN
 
@@ -204,8 +204,9 @@ async def _in_process(options: argparse.Namespace, suites: list[str], lengths: l
     if not options.model:
         raise ValueError("MODEL is missing; give a checkpoint folder, ic-nano, or --server URL")
     folder = checkpoint_folder(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
+    with readable("MODEL", options.model):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
     model = model.to(options.device).eval()
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths(lengths, limit, source=f"max_position_embeddings of {folder.name}")
@@ -221,7 +222,9 @@ async def _through_server(options: argparse.Namespace, suites: list[str], length
     async with connect(options) as client:
         served = await client.served_model(options.model)
         check_lengths(lengths, served.max_tokens, source=f"what {client.url} says of {served.name}")
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(options, served))
+        folder = _tokenizer_folder(options, served)
+        with readable("--tokenizer", str(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
         labels = {"model": Path(served.name).name, "engine": served.engine, "kv_dtype": options.kv_dtype}
         run = _run(options, suites, lengths, tokenizer, labels, None)
         engine = Server(client, served, tokenizer, api=options.api, concurrency=options.concurrency)
@@ -237,6 +240,9 @@ def _run(
     weights: str | None,
 ) -> Run:
     haystack = load_haystack(options.haystack)
+    if not haystack:
+        raise ValueError(f"--haystack is {options.haystack!r}, which is empty; give a file with text")
+    chat = bool(options.server) and options.api == "chat"
     sample = json.dumps(tokenizer(haystack[:10_000], add_special_tokens=False)["input_ids"])
     settings = {
         **labels,
@@ -249,6 +255,9 @@ def _run(
         "haystack_sha256": hashlib.sha256(haystack.encode()).hexdigest(),
         "seed": options.seed,
     }
+    if chat:
+        # not in the settings of the other ways of asking, whose folders may be older than this limit
+        settings["answer_tokens"] = PLAIN.answer_tokens
     plan = Plan(
         haystack=haystack,
         tokenizer=tokenizer,
@@ -256,7 +265,9 @@ def _run(
         keys_per_context=options.keys_per_context,
         seed=options.seed,
         # a server's chat template is around the message already
-        wording=PLAIN if options.server and options.api == "chat" else None,
+        wording=PLAIN if chat else None,
+        # behind the template an answer does not go on with the prompt: it may be a sentence of its own
+        answer_tokens=PLAIN.answer_tokens if chat else ANSWER_TOKENS,
     )
     ruler = None
     if any(name in RULER_TASKS for name in suites):
@@ -267,7 +278,7 @@ def _run(
             num_questions=options.questions,
             seed=options.seed,
             # a server's chat template starts the text itself
-            special_tokens=options.api != "chat",
+            special_tokens=not chat,
             data=_ruler_files(options),
         )
     return Run(
@@ -279,6 +290,8 @@ def _run(
         labels=labels,
         settings=settings,
         ruler=ruler,
+        optional=[name for name in suites if name not in options.suite.split(",")],
+        chunk_tokens=options.chunk_tokens,
     )
 
 

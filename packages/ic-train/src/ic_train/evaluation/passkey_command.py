@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from ic_model import ICForCausalLM, checkpoint_path
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from ic_train.evaluation.haystack import HAYSTACKS, load_haystack
 from ic_train.evaluation.passkey import evaluate_passkey, wilson_interval
 from ic_train.evaluation.plots import plot_passkey
+from ic_train.evaluation.report import MIN_FOR_PERCENTAGE
 from ic_train.results import new_result_folder, write_result
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -73,10 +77,30 @@ def add_evaluate_passkey(commands: Any) -> None:
     )
 
 
+@contextmanager
+def readable(option: str, value: str) -> Iterator[None]:
+    """Name what was given where a checkpoint or a tokenizer cannot be read within.
+
+    Args:
+        option: that gave it.
+        value: of the option.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{option} is {value!r}; it cannot be read: {reason}") from None
+
+
 def _evaluate_passkey(options: argparse.Namespace) -> int:
     folder = Path(options.model) if Path(options.model).is_dir() else checkpoint_path(options.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = ICForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).to(options.device).eval()
+    with readable("--model", options.model):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = ICForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype])
+    model = model.to(options.device).eval()
     haystack = load_haystack(options.haystack)
     _check_lengths(options, model.config.max_position_embeddings)
     written = new_result_folder(options.results, "passkey") if options.results else None
@@ -108,9 +132,10 @@ def _row(
     """The result of one length, which is printed, too."""
     correct = sum(sample["correct"] for sample in samples)
     low, high = wilson_interval(correct, len(samples))
+    share = f"{correct / len(samples):.1%}, " if len(samples) >= MIN_FOR_PERCENTAGE else ""
     print(
         f"{context_tokens:>9,} tokens: {correct} of {len(samples)} pass keys "
-        f"({correct / len(samples):.1%}, 95 % interval {low:.1%} to {high:.1%})",
+        f"({share}95 % interval {low:.1%} to {high:.1%})",
         flush=True,
     )
     return {

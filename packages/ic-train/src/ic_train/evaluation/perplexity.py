@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,26 +19,106 @@ _BLOCK_TOKENS = 256
 _LOGITS_AT_A_TIME = 1024
 
 
-@torch.inference_mode()
-def token_losses(model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
-    """The negative log-likelihood of every token after the first, in nats.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stretch:
+    """A part of the haystack, which goes on with its start behind its end.
 
-    One forward pass reads the text; logits exist for some tokens at a time.
+    Args:
+        start: its first character.
+        characters: that it has; more than the haystack's where it repeats that.
+    """
+
+    start: int
+    characters: int
+
+
+def place_texts(
+    haystack: str, tokenizer: PreTrainedTokenizerBase, *, context_tokens: int, texts: int, seed: int
+) -> list[Stretch]:
+    """Where the texts of a length stand: at random places, or, should these overlap, one after the other.
+
+    Args:
+        haystack: text.
+        tokenizer: the model's.
+        context_tokens: length of each text.
+        texts: how many.
+        seed: of the places.
+    """
+
+    def stretch(start: int) -> Stretch:
+        return Stretch(start=start, characters=len(text_of(haystack, tokenizer, context_tokens, start=start)))
+
+    size = len(haystack)
+    drawn = [stretch(int(np.random.default_rng(seed + number).integers(size))) for number in range(texts)]
+    if _times_read(drawn, size) == 1:
+        return drawn
+    following = drawn[:1]
+    while len(following) < texts:
+        following.append(stretch((following[-1].start + following[-1].characters) % size))
+    return following
+
+
+def repetition(texts: Sequence[Stretch], haystack_characters: int) -> dict[str, float]:
+    """How much the texts of a length repeat.
+
+    Args:
+        texts: of a length.
+        haystack_characters: of the whole haystack.
+
+    Returns:
+        `haystack_share`, the longest text's share of the haystack: above 1 it repeats itself. `times_read`, how
+        often the texts read a character that they read, on average: 1 where nothing is read twice.
+    """
+    longest = max(text.characters for text in texts)
+    return {
+        "haystack_share": round(longest / haystack_characters, 3),
+        "times_read": round(_times_read(texts, haystack_characters), 3),
+    }
+
+
+def repetition_note(row: dict[str, Any]) -> str | None:
+    """What a row's repetition means for its perplexity; None where there is none.
+
+    Args:
+        row: with `context_tokens`, `texts` and the fields of `repetition`; rows of older runs lack these.
+    """
+    where = f"perplexity at {row['context_tokens']:,} tokens"
+    if row.get("haystack_share", 0) > 1:
+        return (
+            f"{where}: a text is {row['haystack_share']:g} times the haystack. What lies behind its end the model "
+            "reads again, and perplexity falls for that reason: give a longer --haystack"
+        )
+    if row.get("times_read", 1) > 1:
+        return (
+            f"{where}: {row['texts']} texts overlap, and what they read is read {row['times_read']:g} times. The "
+            "interval takes them as independent and is too narrow: give fewer --texts or a longer --haystack"
+        )
+    return None
+
+
+@torch.inference_mode()
+def token_losses(model: PreTrainedModel, token_ids: torch.Tensor, *, chunk_tokens: int = 0) -> torch.Tensor:
+    """The negative log-likelihood of every token after the first, in nats; logits exist for some at a time.
 
     Args:
         model: in evaluation mode.
         token_ids: `[S]` int64.
+        chunk_tokens: tokens read per forward pass; 0 reads all at once. See CachedContext.
 
     Returns:
         `[S - 1]` float32 on the CPU.
     """
-    hidden = model.get_decoder()(token_ids[None].to(model.device), use_cache=False).last_hidden_state[0, :-1]
-    head = model.get_output_embeddings()
-    losses = []
-    for start in range(0, len(hidden), _LOGITS_AT_A_TIME):
-        part = hidden[start : start + _LOGITS_AT_A_TIME]
-        labels = token_ids[start + 1 : start + 1 + len(part)].to(model.device)
-        losses.append(torch.nn.functional.cross_entropy(head(part).float(), labels, reduction="none").cpu())
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    cache, losses, read = None, [], 0
+    for chunk in token_ids.split(chunk_tokens or len(token_ids)):
+        outputs = decoder(chunk[None].to(model.device), past_key_values=cache, use_cache=chunk_tokens > 0)
+        cache = outputs.past_key_values
+        for part in outputs.last_hidden_state[0].split(_LOGITS_AT_A_TIME):
+            # the last token has no next one
+            labels = token_ids[read + 1 : read + 1 + len(part)].to(model.device)
+            logits = head(part[: len(labels)]).float()
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none").cpu())
+            read += len(part)
     return torch.cat(losses)
 
 
@@ -47,22 +129,23 @@ def perplexity_record(
     *,
     context_tokens: int,
     name: str,
-    seed: int,
+    start: int,
+    chunk_tokens: int = 0,
 ) -> dict[str, Any]:
     """Losses of a stretch of text in bins of positions, which double: up to 1,024 tokens, 2,048, 4,096, ...
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
-        haystack: text; the stretch starts at a random place.
+        haystack: text.
         context_tokens: length of the stretch.
         name: id of the record.
-        seed: of the place.
+        start: character of the haystack that the stretch starts with.
+        chunk_tokens: see `token_losses`.
     """
-    start = int(np.random.default_rng(seed).integers(len(haystack)))
-    text = text_of(haystack[start:] + haystack[:start], tokenizer, context_tokens)
+    text = text_of(haystack, tokenizer, context_tokens, start=start)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
-    losses = token_losses(model, ids[:context_tokens])
+    losses = token_losses(model, ids[:context_tokens], chunk_tokens=chunk_tokens)
     bins = []
     edge = 0
     while edge < len(losses):
@@ -79,7 +162,15 @@ def perplexity_record(
             }
         )
         edge = end
-    return {"id": name, "task": "perplexity", "context_tokens": context_tokens, "bins": bins}
+    return {
+        "id": name,
+        "task": "perplexity",
+        "context_tokens": context_tokens,
+        "start": start,
+        "characters": len(text),
+        "haystack_characters": len(haystack),
+        "bins": bins,
+    }
 
 
 def perplexity_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -88,7 +179,11 @@ def perplexity_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         records: of one length.
     """
-    rows = []
+    rows, repeated = [], {}
+    # older runs did not keep where their texts stood
+    if all("start" in record for record in records):
+        texts = [Stretch(start=record["start"], characters=record["characters"]) for record in records]
+        repeated = repetition(texts, records[0]["haystack_characters"])
     for bins in zip(*(record["bins"] for record in records), strict=False):
         tokens = sum(one["tokens"] for one in bins)
         mean = sum(one["nll"] * one["tokens"] for one in bins) / tokens
@@ -105,6 +200,17 @@ def perplexity_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "perplexity": math.exp(mean),
                 "low": math.exp(mean - half) if math.isfinite(half) else None,
                 "high": math.exp(mean + half) if math.isfinite(half) else None,
+                **repeated,
             }
         )
     return rows
+
+
+def _times_read(texts: Sequence[Stretch], haystack_characters: int) -> float:
+    """How often the texts read a character that they read, on average."""
+    covered = np.zeros(haystack_characters, dtype=bool)
+    for text in texts:
+        end = min(text.start + text.characters, text.start + haystack_characters)
+        covered[text.start : end] = True
+        covered[: max(0, end - haystack_characters)] = True
+    return sum(text.characters for text in texts) / int(covered.sum())

@@ -6,6 +6,7 @@ Every step resumes: after an interruption the same call goes on from the last an
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,15 +16,17 @@ from typing import Any
 import yaml
 
 from ic_train.evaluation.client import ServerError
+from ic_train.evaluation.records import hold_settings
 from ic_train.evaluation.report import compare, read_report
 from ic_train.evaluation.serving import serve
-from ic_train.evaluation.thresholds import check, load_thresholds
+from ic_train.evaluation.thresholds import check, load_thresholds, require_measured
 
 # of `evaluate check` and `evaluate pipeline`, for a run below its thresholds
 BELOW_THRESHOLDS = 4
 DEFAULT_SERVE = ["vllm", "serve", "{model}", "--host", "127.0.0.1", "--port", "{port}"]
 _FIELDS = {"serve": list, "start_timeout_s": (int, float), "evaluate": list, "judge": dict, "thresholds": str}
 _JUDGE_FIELDS = {"server": str, "arguments": list}
+_WEIGHTS_FILE = "weights.json"
 
 Command = Callable[[Sequence[str]], int]
 
@@ -81,12 +84,19 @@ def _check(options: argparse.Namespace) -> int:
 def _pipeline(options: argparse.Namespace, command: Command) -> int:
     config = load_config(options.config)
     thresholds = options.config.parent / config["thresholds"]
-    # what would fail at the end fails here, before hours of evaluation
-    load_thresholds(thresholds)
-    if options.base:
-        read_report(options.base)
     evaluated, judged = options.out / "evaluation", options.out / "judge"
+    judge_words = ["judge", str(evaluated / "answers.jsonl"), "--out", str(judged)]
+    if "judge" in config:
+        judge_words += ["--server", config["judge"]["server"], *config["judge"].get("arguments", [])]
+    # what would fail at the end fails here, before hours of evaluation
+    require_measured(
+        load_thresholds(thresholds),
+        _planned(config["evaluate"]),
+        base=read_report(options.base) if options.base else None,
+        judged=_planned_judge(judge_words) if "judge" in config else None,
+    )
     options.out.mkdir(parents=True, exist_ok=True)
+    _hold_weights(options.out, Path(options.model), evaluated / "answers.jsonl")
     words = [word.replace("{model}", options.model) for word in config.get("serve", DEFAULT_SERVE)]
     try:
         with serve(
@@ -98,8 +108,7 @@ def _pipeline(options: argparse.Namespace, command: Command) -> int:
         return 1
     # the model's server is gone: a judge may need its GPU
     if not status and "judge" in config:
-        asked = ["--server", config["judge"]["server"], *config["judge"].get("arguments", [])]
-        status = command(["judge", str(evaluated / "answers.jsonl"), "--out", str(judged), *asked])
+        status = command(judge_words)
     if status:
         return status
     if options.base:
@@ -109,6 +118,78 @@ def _pipeline(options: argparse.Namespace, command: Command) -> int:
     check_words = ["evaluate", "check", str(evaluated), "--thresholds", str(thresholds)]
     check_words += ["--base", str(options.base)] if options.base else []
     return command([*check_words, *(["--judged", str(judged)] if "judge" in config else [])])
+
+
+def _planned(words: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that `ic-train evaluate` with these words reports: task, length, and what decides the questions.
+
+    `ruler` may leave out tasks of its own at a length; which ones, only the tokenizer tells.
+    """
+    # takes seconds, which `evaluate check` is to be spared
+    from ic_train.evaluation.command import add_evaluate, parse_lengths
+    from ic_train.evaluation.haystack import load_haystack
+    from ic_train.evaluation.ruler import ruler_suites
+    from ic_train.evaluation.ruler_tasks import RULER_FILES
+    from ic_train.evaluation.run import PERPLEXITY, SUITES
+    from ic_train.evaluation.tasks import TASKS
+
+    options = _parse(add_evaluate, ["evaluate", "--server", "", "--out", "", *words])
+    suites = options.suite.split(",")
+    for name in suites:
+        if name not in SUITES or name == PERPLEXITY:
+            served = ", ".join(suite for suite in SUITES if suite != PERPLEXITY)
+            raise ValueError(f"evaluate has --suite with {name!r}; accepted behind a server are {served}")
+    files = {name: getattr(options, name) for name in RULER_FILES if getattr(options, name)}
+    haystack = hashlib.sha256(load_haystack(options.haystack).encode()).hexdigest()
+    rows = []
+    for suite in ruler_suites(suites, files):
+        settings: dict[str, Any] = {"seed": options.seed, "questions": options.questions}
+        # `passkey` has a text of its own; where each question has a context, nobody asks how many share one
+        if suite != "passkey":
+            settings["haystack_sha256"] = haystack
+        if suite in TASKS and TASKS[suite].shares_context:
+            settings["keys_per_context"] = options.keys_per_context
+        for tokens in parse_lengths(options.lengths):
+            rows.append({"task": suite, "context_tokens": tokens, "settings": settings})
+    return rows
+
+
+def _planned_judge(words: Sequence[str]) -> dict[str, Any]:
+    """What `ic-train judge` with these words will say of itself."""
+    from ic_train.judge.command import add_judge, check_judge
+
+    options = _parse(add_judge, words)
+    calibration = check_judge(options)
+    kind = "pairs" if options.against else "absolute"
+    return {"kind": kind, "calibrated": calibration and calibration["passed"]}
+
+
+def _parse(add: Callable[[Any], None], words: Sequence[str]) -> argparse.Namespace:
+    """Options of a command that `add` adds to argparse's; wrong ones end the program as on the command line."""
+    parser = argparse.ArgumentParser(prog="ic-train")
+    add(parser.add_subparsers())
+    return parser.parse_args(words)
+
+
+def _hold_weights(out: Path, model: Path, answers: Path) -> None:
+    """Refuse a folder with answers of other weights: a server does not tell its weights, and their name stays."""
+    from ic_train.evaluation.command import weights_fingerprint
+
+    if not (model / "config.json").is_file():
+        return
+    if not answers.is_file() or not answers.stat().st_size:
+        # nothing was answered with the weights of then
+        (out / _WEIGHTS_FILE).unlink(missing_ok=True)
+    elif not (out / _WEIGHTS_FILE).is_file():
+        raise ValueError(
+            f"{out} holds answers, and not of which weights they are; move it away, or give another --out"
+        )
+    try:
+        hold_settings(out, {"weights": weights_fingerprint(model)}, file=_WEIGHTS_FILE)
+    except ValueError:
+        raise ValueError(
+            f"{out} holds answers of other weights than {model} has now; move it away, or give another --out"
+        ) from None
 
 
 def load_config(path: Path) -> dict[str, Any]:

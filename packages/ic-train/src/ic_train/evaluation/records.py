@@ -96,6 +96,12 @@ def require_ids(path: Path, records: Iterable[str], wanted: Iterable[str]) -> No
         raise ValueError(f"{path} lacks {len(missing)} answers: {shown}; run what makes it again to add them")
 
 
+def read_settings(folder: Path, *, file: str = SETTINGS_FILE) -> dict[str, Any]:
+    """The settings that a folder holds; none where it holds no run."""
+    path = folder / file
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def hold_settings(folder: Path, settings: dict[str, Any], *, file: str = SETTINGS_FILE) -> None:
     """Keep a run's settings beside its answers; a rerun into the same folder must have the same ones.
 
@@ -115,7 +121,7 @@ def hold_settings(folder: Path, settings: dict[str, Any], *, file: str = SETTING
         part.write_text(json.dumps(settings, indent=1) + "\n")
         part.rename(path)
         return
-    held = json.loads(path.read_text())
+    held = read_settings(folder, file=file)
     for name in [*settings, *(set(held) - set(settings))]:
         if held.get(name) != settings.get(name):
             raise ValueError(

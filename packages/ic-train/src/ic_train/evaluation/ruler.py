@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,32 +120,52 @@ def hold_ruler_settings(folder: Path, plan: RulerPlan) -> None:
         hold_settings(folder, {name: digest}, file=f"ruler-{name}.json")
 
 
-def check_ruler(plan: RulerPlan, names: Iterable[str], lengths_tokens: Sequence[int]) -> None:
+def check_ruler(
+    plan: RulerPlan, names: Iterable[str], lengths_tokens: Sequence[int], *, optional: Collection[str] = ()
+) -> dict[tuple[str, int], str]:
     """Refuse what cannot be asked, before anything is.
 
     Args:
         plan: the run's.
         names: of suites; those that are not of RULER are passed over.
         lengths_tokens: contexts with their answers.
+        optional: names that nobody asked for one by one; a length that they do not take is left out.
+
+    Returns:
+        why a task is left out, by its name and the length.
 
     Raises:
         ValueError: lm-eval is not there; a length has no room for a task, or a task not enough text for a length;
             there are fewer questions than asked for.
     """
+    left_out_at: dict[tuple[str, int], str] = {}
     for task in (RULER_TASKS[name] for name in names if name in RULER_TASKS):
         if task.data and len(plan.questions(task.data)[0]) < plan.num_questions:
             count = len(plan.questions(task.data)[0])
             raise ValueError(f"--questions is {plan.num_questions}; --{task.data} has {count} of them")
-        most = task.most(plan)
         for tokens in lengths_tokens:
-            around = task.answer_tokens + _SLACK_TOKENS
-            shortest = len(_made(task, plan, tokens, 0, task.least)[1]) + around
-            longest = len(_made(task, plan, tokens, 0, most)[1]) + around if most else tokens
-            if not shortest <= tokens <= longest:
+            shortest, longest = _taken_tokens(task, plan, tokens)
+            if shortest <= tokens and (longest is None or tokens <= longest):
+                continue
+            takes = f"with this model takes from {shortest} {f'to {longest}' if longest else 'on'}"
+            if task.name not in optional:
                 raise ValueError(
-                    f"--lengths has {tokens}; {task.name} with this model takes from {shortest} "
-                    f"{f'to {longest}' if most else 'on'}: leave out the length, or the task"
+                    f"--lengths has {tokens}; {task.name} {takes}: leave out the length, or the task"
                 )
+            left_out_at[task.name, tokens] = takes
+    return left_out_at
+
+
+def _taken_tokens(task: RulerTask, plan: RulerPlan, context_tokens: int) -> tuple[int, int | None]:
+    """The shortest length that has room for every sample, and the longest that there is text for."""
+    # only documents differ by more than the slack, with which the first sample gives the size of all
+    numbers = range(plan.num_questions if task.data else 1)
+    least = [len(_made(task, plan, context_tokens, number, task.least)[1]) for number in numbers]
+    shortest = max(least[0] + _SLACK_TOKENS, *least) + task.answer_tokens
+    most = task.most(plan)
+    if most is None:
+        return shortest, None
+    return shortest, len(_made(task, plan, context_tokens, 0, most)[1]) + task.answer_tokens + _SLACK_TOKENS
 
 
 def _made(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ic_train.evaluation.engines import Engine
-from ic_train.evaluation.perplexity import perplexity_record, perplexity_rows
+from ic_train.evaluation.perplexity import (
+    perplexity_record,
+    perplexity_rows,
+    place_texts,
+    repetition,
+    repetition_note,
+)
 from ic_train.evaluation.records import Records, hold_settings
-from ic_train.evaluation.report import write_report
+from ic_train.evaluation.report import TABLE_FILE, write_report
 from ic_train.evaluation.ruler import (
     RulerQuestion,
     check_ruler,
@@ -29,6 +36,7 @@ from ic_train.evaluation.tasks import (
     Context,
     Plan,
     Question,
+    check_room,
     contexts,
     question_ids,
 )
@@ -52,6 +60,8 @@ class Run:
         labels: `model, engine, kv_dtype`, part of every row.
         settings: what a rerun into the same folder must share.
         ruler: how RULER's prompts are made; None where none of its tasks is asked.
+        optional: tasks of RULER that nobody named one by one; lengths that they do not take are left out.
+        chunk_tokens: for perplexity; see CachedContext.
     """
 
     folder: Path
@@ -62,6 +72,8 @@ class Run:
     labels: dict[str, str]
     settings: dict[str, Any]
     ruler: RulerPlan | None = None
+    optional: Collection[str] = ()
+    chunk_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,23 +119,52 @@ async def evaluate(run: Run, engine: Engine, model: PreTrainedModel | None = Non
         model: for perplexity, which needs one in this process.
 
     Raises:
-        ValueError: the folder holds another run, or its answers cannot be read.
+        ValueError: a length has no room for a task, the folder holds another run, or its answers cannot be read.
         ServerError: a server gave up; what was answered is kept, and the same call goes on from there.
     """
     assert model is not None or PERPLEXITY not in run.suites
+    # before the folder is held: a mistake that is found later could be mended in another folder only
+    left_out = _check(run)
+    notes = [f"not asked: {suite} at {tokens:,} tokens: {why}" for (suite, tokens), why in left_out.items()]
+    print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     hold_settings(run.folder, run.settings)
     if run.ruler:
-        check_ruler(run.ruler, run.suites, run.lengths_tokens)
         hold_ruler_settings(run.folder, run.ruler)
+    pairs = [(suite, tokens) for suite in run.suites for tokens in run.lengths_tokens]
+    asked = [pair for pair in pairs if pair not in left_out]
     with Records(run.folder / ANSWERS_FILE) as records:
-        for suite in run.suites:
-            for tokens in run.lengths_tokens:
-                if suite == PERPLEXITY:
-                    _measure_perplexity(run, model, records, tokens)
-                else:
-                    await _ask(_part(run, suite, tokens), engine, records, tokens)
-        rows = [row for suite in run.suites for row in _rows(run, suite, records)]
-    return write_report(run.folder, rows, seed=run.plan.seed)
+        for suite, tokens in asked:
+            if suite == PERPLEXITY:
+                _measure_perplexity(run, model, records, tokens)
+            else:
+                await _ask(_part(run, suite, tokens), engine, records, tokens)
+        rows = [row for suite, tokens in asked for row in _rows(run, suite, tokens, records)]
+    return _write_report(run, rows, notes)
+
+
+def _check(run: Run) -> dict[tuple[str, int], str]:
+    """Refuse what could not be asked; what is left out, with the reason."""
+    for suite in run.suites:
+        if suite in TASKS:
+            check_room(TASKS[suite], run.plan, min(run.lengths_tokens))
+    if not run.ruler:
+        return {}
+    left_out = check_ruler(run.ruler, run.suites, run.lengths_tokens, optional=run.optional)
+    if len(left_out) == len(run.suites) * len(run.lengths_tokens):
+        (suite, tokens), why = next(iter(left_out.items()))
+        raise ValueError(f"--lengths has {tokens}; {suite} {why}, and no other task takes it")
+    return left_out
+
+
+def _write_report(run: Run, rows: list[dict[str, Any]], notes: list[str]) -> str:
+    """The report, with notes below its table."""
+    table = write_report(run.folder, rows, seed=run.plan.seed)
+    repeated = [repetition_note(row) for row in rows if row["task"] == PERPLEXITY]
+    # a length has a row for each bin
+    notes = [*notes, *dict.fromkeys(note for note in repeated if note)]
+    table = "\n".join([table, *(f"{note}.\n" for note in notes)])
+    (run.folder / TABLE_FILE).write_text(table)
+    return table
 
 
 def _part(run: Run, suite: str, tokens: int) -> _Part:
@@ -189,48 +230,55 @@ def _measure_perplexity(
 ) -> None:
     assert model is not None
     names = _text_ids(run, context_tokens)
-    for number, name in enumerate(tqdm(names, desc=f"{PERPLEXITY} {context_tokens}", unit="text")):
+    if all(name in records.by_id for name in names):
+        return
+    haystack, tokenizer = run.plan.haystack, run.plan.tokenizer
+    texts = place_texts(
+        haystack, tokenizer, context_tokens=context_tokens, texts=run.texts, seed=run.plan.seed
+    )
+    row = {"context_tokens": context_tokens, "texts": run.texts, **repetition(texts, len(haystack))}
+    if note := repetition_note(row):
+        print(f"warning: {note}", file=sys.stderr)
+    bar = tqdm(zip(names, texts, strict=True), f"{PERPLEXITY} {context_tokens}", run.texts, unit="text")
+    for name, text in bar:
         if name not in records.by_id:
             record = perplexity_record(
                 model,
-                run.plan.tokenizer,
-                run.plan.haystack,
+                tokenizer,
+                haystack,
                 context_tokens=context_tokens,
                 name=name,
-                seed=run.plan.seed + number,
+                start=text.start,
+                chunk_tokens=run.chunk_tokens,
             )
             records.append(record)
 
 
-def _rows(run: Run, suite: str, records: Records) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for tokens in run.lengths_tokens:
-        if suite == PERPLEXITY:
-            measured = [records.by_id[name] for name in _text_ids(run, tokens)]
-            rows += [{**run.labels, **row} for row in perplexity_rows(measured)]
-            continue
-        samples = [records.by_id[name] for name in _part(run, suite, tokens).ids]
-        made: dict[str, Any] = {"spare_tokens": SPARE_TOKENS}
-        if run.ruler and suite in RULER_TASKS:
-            made = {
-                "spare_tokens": RULER_TASKS[suite].answer_tokens,
-                "lm_eval": LM_EVAL_VERSION,
-                "haystack": run.ruler.haystack_name,
-            }
-        rows.append(
-            {
-                **run.labels,
-                "task": suite,
-                "context_tokens": tokens,
-                "correct": round(sum(sample["correct"] for sample in samples), 6),
-                "total": len(samples),
-                # a task whose answer has several parts is scored by the share of them
-                "shares": any(isinstance(sample["correct"], float) for sample in samples),
-                **made,
-                "samples": samples,
-            }
-        )
-    return rows
+def _rows(run: Run, suite: str, tokens: int, records: Records) -> list[dict[str, Any]]:
+    if suite == PERPLEXITY:
+        measured = [records.by_id[name] for name in _text_ids(run, tokens)]
+        return [{**run.labels, **row} for row in perplexity_rows(measured)]
+    samples = [records.by_id[name] for name in _part(run, suite, tokens).ids]
+    made: dict[str, Any] = {"spare_tokens": SPARE_TOKENS}
+    if run.ruler and suite in RULER_TASKS:
+        made = {
+            "spare_tokens": RULER_TASKS[suite].answer_tokens,
+            "lm_eval": LM_EVAL_VERSION,
+            "haystack": run.ruler.haystack_name,
+        }
+    return [
+        {
+            **run.labels,
+            "task": suite,
+            "context_tokens": tokens,
+            "correct": round(sum(sample["correct"] for sample in samples), 6),
+            "total": len(samples),
+            # a task whose answer has several parts is scored by the share of them
+            "shares": any(isinstance(sample["correct"], float) for sample in samples),
+            **made,
+            "samples": samples,
+        }
+    ]
 
 
 def _text_ids(run: Run, context_tokens: int) -> list[str]:

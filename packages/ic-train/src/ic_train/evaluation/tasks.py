@@ -19,7 +19,10 @@ from ic_train.evaluation.wordings import Wording, wording_for
 # room for a question and its answer in any tokenizer
 SPARE_TOKENS = 160
 VALUES_PER_KEY = 3
-_ANSWER_TOKENS = 12
+# of an answer that a prompt has begun: it goes on with the number
+ANSWER_TOKENS = 12
+# the shortest that `evaluate` takes
+_FIRST_TRY_TOKENS = 512
 
 # Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300, appendix; the lines are joined by line breaks
 _TASK = (
@@ -81,6 +84,7 @@ class Plan:
         keys_per_context: questions that share a context, in the tasks that hide several keys.
         seed: of texts, keys and depths.
         wording: of `distractors`, `corrections` and `absent`; None for what suits the tokenizer.
+        answer_tokens: most tokens of an answer with one number, in `passkey`, `niah` and `multivalue`.
     """
 
     haystack: str
@@ -89,6 +93,7 @@ class Plan:
     keys_per_context: int
     seed: int
     wording: Wording | None = None
+    answer_tokens: int = ANSWER_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +136,38 @@ def contexts(task: Task, plan: Plan, context_tokens: int, wanted: Callable[[str]
         yield Context(token_ids=made.token_ids, questions=asked)
 
 
+def check_room(task: Task, plan: Plan, context_tokens: int) -> None:
+    """Refuse a length that has no room for what is hidden in any context of a task.
+
+    What is hidden does not depend on the length, so a context that can be made shorter has room: little is made
+    even of a million tokens.
+
+    Args:
+        task: one of TASKS.
+        plan: the run's.
+        context_tokens: length of each context with its question and its answer.
+
+    Raises:
+        ValueError: names the length, the task and what it needs.
+    """
+    for number, names in enumerate(question_ids(task, plan, context_tokens)):
+        tokens = min(_FIRST_TRY_TOKENS, context_tokens)
+        while True:
+            try:
+                task.build(plan, tokens - SPARE_TOKENS, number, names)
+                break
+            except ValueError as error:
+                if tokens == context_tokens:
+                    raise ValueError(
+                        f"--lengths has {tokens}, of which question and answer take {SPARE_TOKENS}; "
+                        f"{task.name}: {error}"
+                    ) from None
+                tokens = min(2 * tokens, context_tokens)
+        if 2 * tokens <= context_tokens:
+            # the others have other names, which never take twice the room
+            return
+
+
 def _passkey(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
     """One number in the published filler; depths go evenly from the end to the start.
 
@@ -151,7 +188,7 @@ def _passkey(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
         token_ids = _ids(plan.tokenizer, text)
         if len(token_ids) <= tokens:
             depth = text.index(needle) / len(text)
-            asked = _question(names[0], _QUESTION, (value,), depth, needle, _ANSWER_TOKENS)
+            asked = _question(names[0], _QUESTION, (value,), depth, needle, plan.answer_tokens)
             return Context(token_ids=token_ids, questions=[asked])
         characters -= max(1, int((len(token_ids) - tokens) / len(token_ids) * characters))
     raise ValueError(
@@ -170,7 +207,7 @@ def _niah(plan: Plan, tokens: int, number: int, names: list[str]) -> Context:
         seed=plan.seed + number,
     )
     questions = [
-        _question(name, key.question, (key.digits,), key.depth, key.needle.strip(), _ANSWER_TOKENS)
+        _question(name, key.question, (key.digits,), key.depth, key.needle.strip(), plan.answer_tokens)
         for name, key in zip(names, document.pass_keys, strict=False)
     ]
     return Context(token_ids=document.token_ids.tolist(), questions=questions)
@@ -194,12 +231,14 @@ def _multivalue(plan: Plan, tokens: int, number: int, names: list[str]) -> Conte
         # other names may take more tokens
         room -= len(token_ids) - tokens
     questions = []
+    # a whole sentence with the first number has room for the others, which follow it without one
+    max_tokens = max(ANSWER_TOKENS * VALUES_PER_KEY, plan.answer_tokens)
     for index, name in enumerate(names):
         same = found[index :: len(names)]
         needles = [key.needle.strip().replace(key.key, same[0].key) for key in same]
         text = _VALUES_QUESTION.format(count=len(same), key=same[0].key)
         values = tuple(key.digits for key in same)
-        questions.append(_question(name, text, values, None, "\n".join(needles), _ANSWER_TOKENS * len(same)))
+        questions.append(_question(name, text, values, None, "\n".join(needles), max_tokens))
     return Context(token_ids=token_ids, questions=questions)
 
 

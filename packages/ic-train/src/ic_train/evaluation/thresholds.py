@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from ic_train.evaluation.passkey import wilson_interval
-from ic_train.evaluation.report import difference_interval
+from ic_train.evaluation.report import change_interval
 
 JUDGE = "judge"
 _LIMITS = ("least", "most_loss", "most")
-_FIELDS = ("task", "context_tokens", *_LIMITS)
+_FIELDS = ("task", "context_tokens", *_LIMITS, "uncalibrated")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,12 +27,14 @@ class Threshold:
         limit: "least": lower end of the share's interval. "most_loss": largest loss against the base run that
             the difference's interval leaves possible. "most": upper end of every perplexity's interval.
         value: of the limit, a share; of "most", a perplexity.
+        uncalibrated: whether the judge may be one that calibration has not passed.
     """
 
     task: str
     context_tokens: int | None
     limit: str
     value: float
+    uncalibrated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +55,8 @@ class Verdict:
 def load_thresholds(path: Path) -> list[Threshold]:
     """Thresholds from a YAML file: a list of mappings with `task`, `context_tokens` and at least one limit.
 
+    One on "judge" has no length, and may have `uncalibrated`.
+
     Raises:
         ValueError: there is no such file, or an entry has other fields or values.
     """
@@ -65,6 +69,41 @@ def load_thresholds(path: Path) -> list[Threshold]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must be a list of thresholds with {', '.join(_FIELDS)}")
     return [threshold for number, entry in enumerate(entries, 1) for threshold in _read(path, number, entry)]
+
+
+def require_measured(
+    thresholds: Sequence[Threshold],
+    planned: list[dict[str, Any]],
+    *,
+    base: list[dict[str, Any]] | None = None,
+    judged: dict[str, Any] | None = None,
+) -> None:
+    """Refuse before a run what `check` would refuse after it.
+
+    Args:
+        thresholds: from `load_thresholds`.
+        planned: rows of the run's report without its results, with the `settings` that decide their questions.
+        base: of the report that the run will be compared with.
+        judged: `kind` and `calibrated` of the judge's row.
+
+    Raises:
+        ValueError: a threshold is on something that will not be measured, or cannot be compared.
+    """
+    for threshold in thresholds:
+        if threshold.task == JUDGE:
+            _require_judged(threshold, judged)
+            continue
+        own = _matching(planned, threshold, "this run")[0]
+        if threshold.limit == "most_loss":
+            if base is None:
+                raise ValueError("a threshold has most_loss; give the run to compare with as --base")
+            before = _matching(base, threshold, "the base")[0].get("settings", {})
+            for name, value in own["settings"].items():
+                if before.get(name, value) != value:
+                    raise ValueError(
+                        f"a threshold has most_loss on {threshold.task}; this run has {name} {value!r}, the base "
+                        f"{before[name]!r}: evaluate both with the same settings"
+                    )
 
 
 def check(
@@ -83,14 +122,14 @@ def check(
         judged: the row of the judge's report.
 
     Raises:
-        ValueError: a threshold is on something that was not measured; it never passes unseen.
+        ValueError: a threshold is on something that was not measured, which never passes unseen; or on the loss
+            against a base that was asked different questions.
     """
     verdicts = []
     for threshold in thresholds:
         if threshold.task == JUDGE:
-            if judged is None or judged.get("kind") != "absolute":
-                raise ValueError("a threshold is on judge; no scores of a judge are there")
-            low, _ = wilson_interval(judged["good"], judged["total"])
+            scores = _require_judged(threshold, judged)
+            low, _ = wilson_interval(scores["good"], scores["total"])
             verdicts.append(_verdict(threshold, low))
             continue
         own = _matching(rows, threshold, "this run")
@@ -105,7 +144,7 @@ def check(
             if base is None:
                 raise ValueError("a threshold has most_loss; give the run to compare with as --base")
             (before,) = _matching(base, threshold, "the base")
-            low, _ = difference_interval(_counts(before), _counts(own[0]))
+            low, _ = change_interval(before, own[0])
             verdicts.append(Verdict(threshold=threshold, found=-low, passed=-low <= threshold.value))
     return verdicts
 
@@ -134,22 +173,39 @@ def _read(path: Path, number: int, entry: Any) -> list[Threshold]:
                 if name != "most"
                 else f"{path}, threshold {number}: most is {value!r}; it must be a perplexity"
             )
-    return [
-        Threshold(task=task, context_tokens=tokens, limit=name, value=float(entry[name])) for name in chosen
-    ]
+    uncalibrated = entry.get("uncalibrated", False)
+    if not isinstance(uncalibrated, bool) or (uncalibrated and task != JUDGE):
+        raise ValueError(
+            f"{path}, threshold {number}: uncalibrated is {uncalibrated!r}; it must be true or false, and only "
+            f"{JUDGE} takes true"
+        )
+    shared: dict[str, Any] = {"task": task, "context_tokens": tokens, "uncalibrated": uncalibrated}
+    return [Threshold(**shared, limit=name, value=float(entry[name])) for name in chosen]
+
+
+def _require_judged(threshold: Threshold, judged: dict[str, Any] | None) -> dict[str, Any]:
+    """The judge's row, where a threshold may rely on it."""
+    if judged is None or judged.get("kind") != "absolute":
+        raise ValueError("a threshold is on judge; no scores of a judge are there")
+    if judged.get("calibrated") is not True and not threshold.uncalibrated:
+        why = "failed its calibration" if judged.get("calibrated") is False else "was not calibrated"
+        raise ValueError(
+            f"a threshold is on judge, which {why}: give `ic-train judge` the --calibration of one that passed, "
+            "or the threshold uncalibrated: true"
+        )
+    return judged
 
 
 def _matching(rows: list[dict[str, Any]], threshold: Threshold, where: str) -> list[dict[str, Any]]:
     key = (threshold.task, threshold.context_tokens)
     found = [row for row in rows if (row["task"], row["context_tokens"]) == key]
     if not found:
-        raise ValueError(f"a threshold is on {key[0]} at {key[1]} tokens, which {where} did not measure")
+        measured = ", ".join(dict.fromkeys(f"{row['task']} at {row['context_tokens']}" for row in rows))
+        raise ValueError(
+            f"a threshold is on {key[0]} at {key[1]} tokens, which {where} does not measure; it has {measured}"
+        )
     return found
 
 
 def _verdict(threshold: Threshold, low: float) -> Verdict:
     return Verdict(threshold=threshold, found=low, passed=low >= threshold.value)
-
-
-def _counts(row: dict[str, Any]) -> tuple[int, int]:
-    return row["correct"], row["total"]

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,27 @@ from tqdm import tqdm
 from ic_train.evaluation.client import ServerError
 from ic_train.evaluation.command import add_server, check_at_least, connect, report_server_error
 from ic_train.evaluation.passkey import wilson_interval
-from ic_train.evaluation.records import Records, hold_settings, read_records, require_ids
+from ic_train.evaluation.records import (
+    SETTINGS_FILE,
+    Records,
+    hold_settings,
+    read_records,
+    read_settings,
+    require_ids,
+)
 from ic_train.evaluation.trackers import add_report_to, parse_report_to, send_report
 from ic_train.judge.calibration import agreement_by_fault, calibration_pairs, findings
-from ic_train.judge.grading import UNPARSABLE, Judge, Request, outcome, read_cases
+from ic_train.judge.grading import (
+    MERGED,
+    SEPARATE,
+    UNPARSABLE,
+    Judge,
+    Request,
+    held_system,
+    outcome,
+    read_cases,
+    require_unchanged,
+)
 from ic_train.judge.prometheus import load_rubric
 from ic_train.results import write_result
 
@@ -82,8 +100,24 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add_report_to(parser)
 
 
+def check_judge(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Refuse options of `ic-train judge` that are wrong whatever the answers; its calibration's row, if any.
+
+    Raises:
+        ValueError: an option is out of range, its file is not there, or the calibration is of another judge.
+    """
+    parse_report_to(options.report_to)
+    # reaches no server yet
+    connect(options)
+    settings = _shared_settings(options)
+    calibration = _calibration(options.calibration, settings)
+    if calibration and options.judge:
+        _require_judge(calibration, options.judge)
+    return calibration
+
+
 def _judge(options: argparse.Namespace) -> int:
-    trackers = parse_report_to(options.report_to)
+    calibration = check_judge(options)
     answers = read_records(options.answers)
     cases = read_cases(options.answers, answers)
     others = None
@@ -104,16 +138,21 @@ def _judge(options: argparse.Namespace) -> int:
         )
         return [request for pair in pairs for request in pair]
 
-    settings = {"answers": _digest(options.answers), "against": options.against and _digest(options.against)}
+    settings: dict[str, Any] = {"kind": "pairs" if others else "absolute"}
+    if "answers" in read_settings(options.out):
+        # folders of earlier versions hold the files as a whole, and not what each judgement is of
+        settings = {
+            "answers": _digest(options.answers),
+            "against": options.against and _digest(options.against),
+        }
     try:
-        judgements, model = _grade(options, settings, requests)
+        judgements, asked = _grade(options, settings, requests, calibration)
     except ServerError as error:
         return report_server_error(error)
-    calibration = _calibration(options.calibration, model)
     row = _pair_row(cases, judgements) if others else _absolute_row(cases, answers, judgements)
-    row = {"judge": model, "calibrated": calibration, **row}
+    row = {**asked, "calibrated": calibration and calibration["passed"], **row}
     _write(options.out, row, _judge_table(row), seed=None)
-    send_report(trackers, options.out)
+    send_report(parse_report_to(options.report_to), options.out)
     return 0
 
 
@@ -123,21 +162,21 @@ def _calibrate(options: argparse.Namespace) -> int:
     pairs = calibration_pairs(options.pairs, options.seed)
     settings = {"pairs": options.pairs, "seed": options.seed}
     try:
-        judgements, model = _grade(
+        judgements, asked = _grade(
             options, settings, lambda judge: [request for pair in pairs for request in pair.requests(judge)]
         )
     except ServerError as error:
         return report_server_error(error)
     found = findings(pairs, judgements)
     passed = all(finding.passed for finding in found)
-    row = {
-        "judge": model,
+    row: dict[str, Any] = {
+        **asked,
         "kind": "calibration",
         "passed": passed,
         "findings": [{**asdict(finding), "passed": finding.passed} for finding in found],
         "agreement_by_fault": agreement_by_fault(pairs, judgements),
     }
-    lines = [f"Judge {model}: {'keeps to' if passed else 'is not shown to keep to'} all limits.", ""]
+    lines = [f"Judge {row['judge']}: {'keeps to' if passed else 'is not shown to keep to'} all limits.", ""]
     lines += ["| measure | found | 95 % interval | limits | |", "|---|---|---|---|---|"]
     for finding in found:
         (low, high), (least, most) = finding.interval, finding.limits
@@ -152,33 +191,54 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0 if passed else NOT_CALIBRATED
 
 
-def _grade(
-    options: argparse.Namespace, settings: dict[str, Any], requests: Any
-) -> tuple[dict[str, dict[str, Any]], str]:
-    """All judgements by id, and the judge's name."""
+def _shared_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a calibration and the judgements that rely on it have in common, beside the judge's name."""
     check_at_least(options, max_tokens=1)
-    rubric = load_rubric(options.rubric)
+    return {"rubric": load_rubric(options.rubric), "max_tokens": options.max_tokens}
 
-    async def run() -> tuple[dict[str, dict[str, Any]], str]:
+
+def _grade(
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    requests: Callable[[Judge], list[Request]],
+    calibration: dict[str, Any] | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """All judgements by id; who made them, and how the system's text was sent."""
+    shared = _shared_settings(options)
+
+    async def run() -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         async with connect(options) as client:
             served = await client.served_model(options.judge)
-            judge = Judge(
-                client=client,
-                model=served.name,
-                rubric=rubric,
-                max_tokens=options.max_tokens,
-                concurrency=options.concurrency,
-            )
-            shared = {"judge": served.name, "rubric": rubric, "max_tokens": options.max_tokens}
-            hold_settings(options.out, {**shared, **settings})
+            judge = Judge(client=client, model=served.name, concurrency=options.concurrency, **shared)
+            if calibration:
+                _require_judge(calibration, served.name)
             wanted = requests(judge)
+            hold_settings(options.out, {"judge": served.name, **shared, **settings})
             with Records(options.out / JUDGEMENTS_FILE) as records:
+                require_unchanged(options.out / JUDGEMENTS_FILE, records.by_id, wanted)
+                system = _system(options, records, calibration)
                 held = sum(request.id in records.by_id for request in wanted)
                 with tqdm(total=len(wanted), initial=held, desc="judge", unit="judgement") as bar:
-                    await judge.grade(wanted, records, bar.update)
-                return {request.id: records.by_id[request.id] for request in wanted}, served.name
+                    system = await judge.grade(wanted, records, bar.update, system=system)
+                asked = {"judge": served.name, "system": system}
+                return {request.id: records.by_id[request.id] for request in wanted}, asked
 
     return asyncio.run(run())
+
+
+def _system(options: argparse.Namespace, records: Records, calibration: dict[str, Any] | None) -> str | None:
+    """How the system's text is to be sent: as before, or as it was to be calibrated; None where nothing says."""
+    held = held_system(records)
+    if not calibration:
+        return held
+    # earlier versions knew one way and did not note it
+    calibrated = calibration.get("system", SEPARATE)
+    if held and held != calibrated:
+        raise ValueError(
+            f"{options.out} has judgements with the system's text {held}, --calibration {options.calibration} has "
+            f"it {calibrated}; calibrate the judge behind this server, or give another --out"
+        )
+    return calibrated
 
 
 def _absolute_row(
@@ -216,6 +276,7 @@ def _judge_table(row: dict[str, Any]) -> str:
     lines = [
         f"Judge {row['judge']}, {calibrated.get(row['calibrated'], 'calibration FAILED')}.",
         f"{row['total']} {row['kind']} graded.",
+        *(["The system's text was sent with the user's."] if row["system"] == MERGED else []),
         "",
         "| | count | 95 % interval |",
         "|---|---|---|",
@@ -237,19 +298,34 @@ def _judge_table(row: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _calibration(folder: Path | None, model: str) -> bool | None:
-    """Whether the judge passed; None where nobody measured it."""
+def _calibration(folder: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The row of a calibration with the same settings; None where nobody measured the judge."""
     if folder is None:
         return None
-    path = folder / REPORT_FILE
-    if not path.is_file():
-        raise ValueError(f"--calibration is {str(folder)!r}, which has no {REPORT_FILE}")
-    row = json.loads(path.read_text())["rows"][0]
-    if row.get("kind") != "calibration" or row["judge"] != model:
+    for name in (REPORT_FILE, SETTINGS_FILE):
+        if not (folder / name).is_file():
+            raise ValueError(f"--calibration is {str(folder)!r}, which has no {name}")
+    row = json.loads((folder / REPORT_FILE).read_text())["rows"][0]
+    if row.get("kind") != "calibration":
         raise ValueError(
-            f"--calibration is of {row['judge']!r} ({row.get('kind')}); it must be the calibration of {model!r}"
+            f"--calibration is {str(folder)!r}, which holds {row.get('kind')}; it must be --out of "
+            "`ic-train judge calibrate`"
         )
-    return row["passed"]
+    held = read_settings(folder)
+    for name, value in settings.items():
+        if held.get(name) != value:
+            raise ValueError(
+                f"--calibration {str(folder)!r} was made with {name} {held.get(name)!r}, this judge has "
+                f"{value!r}; calibrate it as it is asked here"
+            )
+    return row
+
+
+def _require_judge(calibration: dict[str, Any], model: str) -> None:
+    if calibration["judge"] != model:
+        raise ValueError(
+            f"--calibration is of {calibration['judge']!r}; it must be the calibration of {model!r}"
+        )
 
 
 def _write(folder: Path, row: dict[str, Any], table: str, *, seed: int | None) -> None:

@@ -115,6 +115,14 @@ def relative_messages(
     return [{"role": "system", "content": _RELATIVE_SYSTEM}, {"role": "user", "content": prompt}]
 
 
+def merged(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same as one message of the user, for chat templates that know no system's.
+
+    Prometheus 2 was trained on messages joined like this (`prepare_dataset.py` of its recipe in prometheus-eval).
+    """
+    return [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
+
+
 def parse_score(text: str) -> int | None:
     """The score from 1 to 5 that a judge's text ends with, as `[RESULT] 4`; None where it does not."""
     match = _SCORE.search(text)
