@@ -38,8 +38,9 @@ SERVING = tuple(
     f"{TRAIN}/test_{name}.py"
     for name in (
         "convert_exact", "convert_files", "convert_smollm2", "convert_table", "data_text", "dpo", "evaluate",
-        "evaluate_failures", "evaluate_pipeline", "evaluate_trackers", "evaluation", "hard_sets", "judge",
-        "judge_server", "preference_folders", "preferences", "ruler", "ruler_fitting",
+        "evaluate_checks", "evaluate_client", "evaluate_compare", "evaluate_failures", "evaluate_pipeline",
+        "evaluate_trackers", "evaluation", "hard_sets", "judge", "judge_folders", "judge_server", "perplexity",
+        "preference_folders", "preferences", "ruler", "ruler_fitting",
     )
 )  # fmt: skip
 # name: command, the longest first

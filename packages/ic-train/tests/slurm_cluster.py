@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge")
-# requeued jobs wait for a credential to expire; the default is two minutes
+# requeued jobs wait for a credential to expire; the default is two minutes. Nodes are as large as said here,
+# whatever the machine has, so that no job waits for another's end
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -32,6 +33,7 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
+SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15
 KillWait=3
@@ -45,8 +47,8 @@ SlurmctldLogFile={root}/slurmctld.log
 SlurmdSpoolDir={root}/spool-%n
 SlurmdPidFile={root}/slurmd-%n.pid
 SlurmdLogFile={root}/slurmd-%n.log
-NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=2 Gres=gpu:2
-NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=2 Gres=gpu:2
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=8 Gres=gpu:8
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=8 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -77,9 +79,9 @@ class Cluster:
         config = CONFIG.format(root=root, host=host, controller_port=ports[0], port1=ports[1], port2=ports[2])
         (root / "slurm.conf").write_text(config)
         # SLURM wants a device file for each GPU, whatever the device is: these are /dev/null
-        for number in range(2):
+        for number in range(8):
             os.mknod(root / f"nvidia{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        gres = f"AutoDetect=off\nNodeName=node[1-2] Name=gpu File={root}/nvidia[0-1]\n"
+        gres = f"AutoDetect=off\nNodeName=node[1-2] Name=gpu File={root}/nvidia[0-7]\n"
         (root / "gres.conf").write_text(gres)
         (root / "state").mkdir()
         try:
@@ -132,7 +134,8 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"no {what} after {seconds} s\n{self.logs()}"
-            time.sleep(0.2)
+            # most conditions start a program, whose seconds the jobs would have used
+            time.sleep(0.5)
 
     def wait_until_done(self, job: str, seconds: float) -> None:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE")

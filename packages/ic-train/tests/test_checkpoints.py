@@ -25,7 +25,8 @@ from ic_train.checkpoints import (
     resolve_resume,
     saving,
 )
-from ic_train.checkpoints.folders import remove_old
+from ic_train.checkpoints.folders import leave_others, remove_old
+from ic_train.trainers.restartable import Restartable
 
 
 class Training:
@@ -148,6 +149,87 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
     assert writer.finish() and latest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[Path] = set()
+    unsynced: list[Path] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted(file: int) -> None:
+        fsync(file)
+        # the metadata's name is given to it afterwards
+        synced.add(Path(str(Path(f"/proc/self/fd/{file}").readlink()).removesuffix(".tmp")))
+
+    def checked(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            unsynced.extend(path for path in (self, *self.iterdir()) if path not in synced)
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", checked)
+    training, writer = Training(), writer_of(tmp_path, background=False)
+    training.step()
+    training.save(writer, 1)
+    assert latest_checkpoint(tmp_path) is not None
+    assert not unsynced
+    assert tmp_path in synced, "its name, too"
+
+
+def test_a_checkpoint_loses_its_mark_before_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training()
+    training.step()
+    training.save(writer_of(tmp_path, background=False), 1)
+    remove, marked = saving.shutil.rmtree, []
+
+    def noted(folder: Path, **options: Any) -> None:
+        marked.append((folder / COMPLETE).exists())
+        remove(folder, **options)
+
+    monkeypatch.setattr(saving.shutil, "rmtree", noted)
+    training.save(writer_of(tmp_path, background=False), 1)
+    assert marked and not any(marked)
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    training, writer = Training(), writer_of(tmp_path)
+    training.step()
+    training.save(writer, 1)
+    assert writer.finish() and writer.saved_step == 1
+    before = (tmp_path / "checkpoint-1").stat()
+    training.save(writer, 1)
+    assert writer.finish() and (tmp_path / "checkpoint-1").stat() == before
+
+
+def test_going_back_leaves_what_came_later_but_deletes_none_of_it(tmp_path: Path) -> None:
+    training = Training()
+    training.step()
+
+    def save(*steps: int) -> None:
+        writer = writer_of(tmp_path, background=False, keep=2)
+        for step in steps:
+            training.save(writer, step)
+
+    def names() -> list[str]:
+        return sorted(folder.name for folder in tmp_path.glob("*checkpoint-*"))
+
+    save(40, 60)
+    leave_others(tmp_path, tmp_path / "checkpoint-60")
+    assert names() == ["checkpoint-40", "checkpoint-60"]
+    leave_others(tmp_path, tmp_path / "checkpoint-40")
+    assert resolve_resume("auto", tmp_path) == tmp_path / "checkpoint-40"
+    # what the run saves from here on is what is kept
+    save(50, 55)
+    assert names() == ["abandoned-checkpoint-60", "checkpoint-50", "checkpoint-55"]
+    # another folder's: nothing here is on the way to it
+    save(60)
+    leave_others(tmp_path, tmp_path / "elsewhere" / "checkpoint-55")
+    assert resolve_resume("auto", tmp_path) is None
+    assert names() == [f"abandoned-checkpoint-{number}" for number in ("55", "60", "60.2")]
+
+
 def test_only_the_last_ones_are_kept_and_the_order_is_by_number(tmp_path: Path) -> None:
     training, writer = Training(), writer_of(tmp_path, keep=2, background=False)
     training.step()
@@ -177,6 +259,22 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume is 'nowhere', which has no complete.json"):
         resolve_resume("nowhere", tmp_path)
     assert resolve_resume("auto", tmp_path / "new") is None
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "rng_0.pt", "trainer_state.json"])
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_a_damaged_small_file_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    training, writer = Training(), writer_of(tmp_path, background=False)
+    training.step()
+    training.save(writer, 1)
+    folder = tmp_path / "checkpoint-1"
+    (folder / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{name} cannot be read: .*; the checkpoint is damaged, give an earlier"
+    ):
+        training.load(folder)
+        saving.restore_rng(folder)
+        Restartable().train(resume_from_checkpoint=str(folder))
 
 
 def test_export_refuses_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

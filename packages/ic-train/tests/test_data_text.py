@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from ic_model.byte_tokenizer import build_byte_tokenizer
 
 from ic_train import cli
+from ic_train.data import text
 from ic_train.data.packing import PackedText
 from ic_train.data.text import TokenCorpus, load_token_corpus, read_documents, text_files, write_corpus
 
@@ -121,6 +123,76 @@ def test_other_refusals(texts: Path, tokenizer: Path, tmp_path: Path) -> None:
     tokens.write_bytes(tokens.read_bytes()[:-1])
     with pytest.raises(ValueError, match="it is not whole"):
         load_token_corpus(tmp_path / "out")
+
+
+def zeros_after_a_bad_copy(file: Path) -> None:
+    file.write_bytes(b"\0" * file.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"out/tokens.bin cannot be read: .*No such file"),
+        (
+            lambda file: file.with_name("corpus.json").write_text("{"),
+            r"out/corpus.json cannot be read: Expecting",
+        ),
+        (
+            lambda file: change_record(file, dtype="<f4"),
+            r"dtype in .*corpus.json is '<f4'; accepted: <u2, <u4",
+        ),
+        (
+            lambda file: change_record(file, vocab_size=None),
+            r"vocab_size in .*corpus.json is None; it must be",
+        ),
+        (
+            lambda file: change_record(file, block_crc32=[]),
+            r"block_crc32 in .*corpus.json must have 1 checksums",
+        ),
+        (zeros_after_a_bad_copy, r"out/tokens.bin is damaged: what follows byte 0 is not what was written"),
+    ],
+)
+def test_a_damaged_corpus_is_refused_by_its_files_name(
+    texts: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    tokenizer = build_byte_tokenizer()
+    write_corpus(tmp_path / "out", [(str(texts), "CC0-1.0")], tokenizer, tokenizer_name="bytes")
+    damage(tmp_path / "out" / "tokens.bin")
+    with pytest.raises(ValueError, match=message):
+        PackedText([load_token_corpus(tmp_path / "out")], tokens_per_sequence=4, seed=0)[0]
+
+
+def change_record(tokens: Path, **changes: object) -> None:
+    file = tokens.with_name("corpus.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_blocks_are_checked_where_they_are_read(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "BLOCK_BYTES", 8)
+    tokenizer = build_byte_tokenizer()
+    corpus = write_corpus(tmp_path / "out", [(str(texts), "CC0-1.0")], tokenizer, tokenizer_name="bytes")
+    assert len(corpus.record["block_crc32"]) == -(-2 * len(corpus.tokens) // 8)
+    assert (corpus.read(0, len(corpus.tokens)) == corpus.tokens).all()
+    with (tmp_path / "out" / "tokens.bin").open("r+b") as file:
+        file.seek(9)
+        file.write(b"\7")
+    damaged = load_token_corpus(tmp_path / "out")
+    assert damaged.read(0, 4).tolist() == corpus.tokens[:4].tolist()
+    with pytest.raises(ValueError, match="what follows byte 8 is not what was written"):
+        damaged.read(3, 5)
+    # the record of a run is for people
+    assert "block_crc32" not in PackedText([corpus], tokens_per_sequence=4, seed=0).records[0]
+
+
+def test_a_share_that_would_never_come_is_refused() -> None:
+    corpora = [corpus_of(0, 1000), corpus_of(10_000, 1000)]
+    with pytest.raises(
+        ValueError, match=r"corpus 1 .* has a share of 0.0001 of the sequences, of which none"
+    ):
+        PackedText(corpora, tokens_per_sequence=16, seed=3, weights=[0.9999, 0.0001])
+    PackedText(corpora, tokens_per_sequence=16, seed=3, weights=[0.9995, 0.0005])
 
 
 def corpus_of(start: int, tokens: int) -> TokenCorpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,21 @@ def test_too_little_text_and_wrong_weights_are_refused() -> None:
         data_of(Packing(tokens_per_sequence=32), weights=[1, 0])
 
 
+def test_a_share_that_would_never_come_is_refused() -> None:
+    corpora = [corpus_of(LENGTHS), corpus_of(LENGTHS)]
+    with pytest.raises(
+        ValueError, match=r"corpus 1 .* has a share of 0.0001 of the sequences, of which none"
+    ):
+        PackedDocuments(corpora, Packing(tokens_per_sequence=32), num_sequences=1, weights=[0.9999, 0.0001])
+    long = Packing(tokens_per_sequence=32, long_document_share=0.99995, long_document_tokens=60)
+    with pytest.raises(ValueError, match=r"documents under 60 tokens .* has a share of 5e-05"):
+        data_of(long)
+    data = PackedDocuments(
+        corpora, Packing(tokens_per_sequence=32), num_sequences=1, weights=[0.9995, 0.0005]
+    )
+    assert len(data) == 1
+
+
 def test_damaged_corpora_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words " * 200)
     folder = tmp_path / "corpus"
@@ -172,7 +188,16 @@ def test_damaged_corpora_are_refused(tmp_path: Path) -> None:
     tokens = np.fromfile(folder / "tokens.bin", "<u2")
     tokens[100] = 999
     tokens.tofile(folder / "tokens.bin")
-    data = PackedDocuments([load_token_corpus(folder)], Packing(tokens_per_sequence=256), num_sequences=1)
+    packing = Packing(tokens_per_sequence=256)
+    with pytest.raises(
+        ValueError, match=r"corpus/tokens.bin is damaged: what follows byte 0 is not what was"
+    ):
+        PackedDocuments([load_token_corpus(folder)], packing, num_sequences=1)
+    # of before there were checksums
+    record = json.loads((folder / "corpus.json").read_text())
+    del record["block_crc32"]
+    (folder / "corpus.json").write_text(json.dumps(record))
+    data = PackedDocuments([load_token_corpus(folder)], packing, num_sequences=1)
     with pytest.raises(ValueError, match=r"corpus 0 has token 999; its record says 264 .* is damaged"):
         for number in range(8):
             data.sequence(number)

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from ic_model import ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from safetensors.torch import load_file
-from training_runs import PATIENT, Run, flags_of, launch_all, make_toys, steps_of, values
+from training_runs import PATIENT, Run, flags_of, launch_all, make_toys, steps_of, toy_config, values
 
 from ic_train import dpo
 from ic_train.checkpoints import export
+from ic_train.checkpoints.folders import COMPLETE
 from ic_train.data.packing import PackedText
-from ic_train.data.text import load_token_corpus
+from ic_train.data.text import RECORD_FILE, load_token_corpus
+from ic_train.long_context.models import check_sources, fingerprints
 from ic_train.preferences.store import Writer, load_preferences, write_record
 
 pytestmark = PATIENT
@@ -35,20 +39,22 @@ BY_HAND = [
 LORA = ["--lora_rank", "4", "--lora_alpha", "8", "--save_strategy", "no"]
 
 
-def make_pairs(folder: Path) -> Path:
+def make_pairs(folder: Path, per_context: int = 1) -> Path:
     """Pairs of random letters with random numbers as answers."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     with Writer(folder, 264) as writer:
         for number in range(NUM_PAIRS):
-            context = draw.integers(97, 123, int(draw.integers(40, 100)))
+            if number % per_context == 0:
+                context = draw.integers(97, 123, int(draw.integers(40, 100)))
+                extent = writer.add_tokens(context)
             right, wrong = (list(b" %03d" % draw.integers(1000)) + [256] for _ in range(2))
             line = {
                 "id": f"pair-{number}",
                 "kind": ("distractors", "absent")[number % 2],
                 "context_tokens": 128,
                 "depth": 0.5,
-                "context": writer.add_tokens(context),
+                "context": extent,
                 "short_context": writer.add_tokens(context[: len(context) // 3]),
                 "question_ids": list(b" k is"),
                 "chosen_ids": right,
@@ -65,7 +71,8 @@ def make_pairs(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = make_toys(tmp_path_factory.mktemp("dpo"))
-    return made | {"preferences": make_pairs(made["runs"].parent / "pairs")}
+    root = made["runs"].parent
+    return made | {"preferences": make_pairs(root / "pairs"), "shared": make_pairs(root / "shared", 4)}
 
 
 def preference_run(name: str, *flags: str) -> Run:
@@ -86,7 +93,7 @@ def runs(toys: dict[str, Path]) -> dict[str, Any]:
     ]
     halved = ["--gradient_accumulation_steps", "2"]
     resumed = ["--resume", str(toys["runs"] / "two" / "checkpoint-3"), "--save_strategy", "no"]
-    validated = ["--validation_pairs", "2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    validated = ["--preferences", str(toys["shared"]), "--validation_pairs", "2", "--eval_strategy", "steps"]
     launches = [
         (2, [preference_run("two", *halved), preference_run("lora-two", *LORA, *halved)]),
         (
@@ -96,7 +103,9 @@ def runs(toys: dict[str, Path]) -> dict[str, Any]:
                 preference_run("whole", "--save_strategy", "no"),
                 preference_run("resumed", *resumed),
                 preference_run("lora", *LORA, "--gradient_checkpointing", "true"),
-                preference_run("validated", *validated, "--max_steps", "2", "--save_strategy", "no"),
+                preference_run(
+                    "validated", *validated, "--eval_steps", "2", "--max_steps", "2", "--save_strategy", "no"
+                ),
                 preference_run(
                     "hot", "--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_steps", "0"
                 ),
@@ -206,7 +215,7 @@ def test_rewards_are_logged_by_kind_and_the_run_is_on_record(runs: dict[str, Any
     )
 
 
-def test_pairs_are_held_out(runs: dict[str, Any]) -> None:
+def test_contexts_are_held_out(runs: dict[str, Any], toys: dict[str, Path]) -> None:
     assert "validated" not in runs["errors"], runs["errors"]["validated"]
     lines = [
         json.loads(line) for line in (runs["folder"] / "validated" / "metrics.jsonl").read_text().splitlines()
@@ -215,7 +224,16 @@ def test_pairs_are_held_out(runs: dict[str, Any]) -> None:
     assert [line["step"] for line in measured] == [2]
     assert "eval_rewards/accuracies" in measured[0]
     record = json.loads((runs["folder"] / "validated" / "training.json").read_text())
-    assert record["identity"]["training_pairs"] == NUM_PAIRS - 2
+    # all of a context
+    assert record["identity"]["training_pairs"] == record["validation_pairs"] == 4
+    assert record["identity"]["validation_contexts"] == 1
+    parts = [
+        datasets.load_from_disk(folder)["pair"]
+        for folder in (runs["folder"] / "validated" / "reference").iterdir()
+    ]
+    assert sorted(sorted(numbers) for numbers in parts) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    flags = ["--preferences", str(toys["shared"]), "--validation_pairs", "5", "--eval_strategy", "steps"]
+    assert "there are 8 pairs in 2 contexts" in refused(toys, *flags, "--eval_steps", "1")
 
 
 def test_a_checkpoint_becomes_a_model(runs: dict[str, Any], tmp_path: Path) -> None:
@@ -248,11 +266,15 @@ def refused(toys: dict[str, Path], *flags: str) -> str:
         (["--text_corpora", "nowhere", "--text_tokens", "64"], "nowhere is no corpus"),
         (["--text_corpora", "nowhere"], "text_tokens is 1024; the model takes 512"),
         (["--validation_pairs", "2"], "set both or neither"),
-        (["--validation_pairs", "8", "--eval_strategy", "steps", "--eval_steps", "1"], "has 8 pairs"),
+        (["--validation_pairs", "8", "--eval_strategy", "steps", "--eval_steps", "1"], "there are 8 pairs"),
         (["--padding_free", "true"], "padding_free is True; it must be False, or left out"),
         (["--precompute_ref_log_probs", "false"], "precompute_ref_log_probs is False; it must be True"),
         (["--objective", "solopo", "--ld_alpha", "0.5"], "ld_alpha is 0.5"),
         (["--model", "ic-nano"], "model is 'ic-nano'; accepted: a checkpoint's folder"),
+        (
+            ["--preferences", ""],
+            "preferences is ''; accepted: a folder that `ic-train data preferences` made",
+        ),
         (["--preferences", "nowhere"], "nowhere holds no preferences"),
         (["--resume", "nowhere"], "resume is 'nowhere'"),
         (["--lora_rank", "4", "--lora_target_modules", "nothing"], "lora_target_modules is ['nothing']"),
@@ -285,3 +307,46 @@ def test_pairs_beyond_the_models_positions_are_refused(toys: dict[str, Path], tm
 def test_another_runs_checkpoint_is_refused(runs: dict[str, Any], toys: dict[str, Path]) -> None:
     checkpoint = str(runs["folder"] / "two" / "checkpoint-3")
     assert "objective is longpo" in refused(toys, "--resume", checkpoint, "--objective", "longpo")
+
+
+def test_another_model_or_text_of_the_same_name_is_refused(
+    runs: dict[str, Any], toys: dict[str, Path], tmp_path: Path
+) -> None:
+    assert "two" not in runs["errors"], runs["errors"]["two"]
+    checkpoint = runs["folder"] / "two" / "checkpoint-3"
+    other = tmp_path / toys["model"].name
+    ICForCausalLM(toy_config()).save_pretrained(other)
+    build_byte_tokenizer().save_pretrained(other)
+    said = refused(toys, "--model", str(other), "--resume", str(checkpoint))
+    assert f"model is {other}; the run of {checkpoint} began with something else" in said
+    corpus = tmp_path / "corpus"
+    shutil.copytree(toys["corpora"], corpus)
+    sources = {"text_corpora": [str(corpus)]}
+    (tmp_path / COMPLETE).write_text(json.dumps({"sources": fingerprints(sources)}))
+    check_sources(tmp_path, sources)
+    record = json.loads((corpus / RECORD_FILE).read_text())
+    record["sources"][0]["sha256"] = "0" * 64
+    (corpus / RECORD_FILE).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"text_corpora is {corpus}; the run of"):
+        check_sources(tmp_path, sources)
+
+
+def test_checkpoints_that_do_not_say_what_they_began_with_are_let_through(
+    toys: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / COMPLETE).write_text("{}")
+    check_sources(tmp_path, {"model": [str(toys["model"])], "text_corpora": []})
+    assert "does not say what its run began with: ['model', 'text_corpora'] not compared" in caplog.text
+    assert 0 <= dpo.WallTime({}, tmp_path).wall_s < 1000
+    assert "does not say how long its run took" in caplog.text
+
+
+def test_time_adds_up_over_starts(runs: dict[str, Any], tmp_path: Path) -> None:
+    first = json.loads((runs["folder"] / "two" / "checkpoint-3" / COMPLETE).read_text())["wall_s"]
+    resumed = json.loads((runs["folder"] / "resumed" / "training.json").read_text())["wall_s"]
+    assert first <= resumed
+    (tmp_path / COMPLETE).write_text(json.dumps({"wall_s": 86_400.0}))
+    record: dict[str, Any] = {}
+    clock = dpo.WallTime(record, tmp_path)
+    clock.on_step_end(None, None, None)
+    assert 86_400 <= record["wall_s"] <= clock.wall_s

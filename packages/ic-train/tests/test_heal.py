@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_a_time_limit_ends_the_run_and_the_learning_rate_with_it(
     rates = [step["learning_rate"] for step in steps]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
     assert json.loads((tmp_path / "out" / heal.RECORD_FILE).read_text())["wall_s"] < 30
+
+
+def test_a_loss_that_is_no_number_ends_the_run(folders: dict[str, Path], tmp_path: Path) -> None:
+    hot = ("--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_steps", "0", "--logging_steps", "100")
+    with pytest.raises(
+        SystemExit, match="error: the loss or its gradient became infinite or no number after"
+    ):
+        heal.main(arguments_of(folders, tmp_path / "out", *hot, "--save_strategy", "no"))
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_damaged_model_is_refused_by_its_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["converted"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match=r"error: model .*cut cannot be read: "):
+        heal.main(arguments_of(folders, tmp_path / "out", "--model", str(tmp_path / "cut")))
 
 
 def test_text_alone_needs_no_teacher(folders: dict[str, Path], tmp_path: Path) -> None:

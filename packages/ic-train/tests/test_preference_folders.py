@@ -232,3 +232,22 @@ def test_two_processes_cannot_write_one_folder(
     with Writer(tmp_path, 264):
         assert cli.main(words(tmp_path, haystack)) == 2
     assert "is being written by another process" in capsys.readouterr().err
+
+
+def test_pairs_of_a_context_stay_together(tmp_path: Path, haystack: Path) -> None:
+    arguments = ["--kinds", "multi,absent", "--pairs", "12", "--pairs-per-context", "3"]
+    pairs = make(tmp_path, haystack, *arguments)
+    lines = lines_of(tmp_path)
+    splits = [pairs.split(4, seed) for seed in range(8)]
+    for train_on, measure in splits:
+        assert sorted(train_on + measure) == list(range(24))
+        contexts = [{lines[number]["context"][0] for number in chosen} for chosen in (train_on, measure)]
+        assert not contexts[0] & contexts[1]
+        # one context has 3 pairs, so that 4 need two
+        assert len(measure) == 6 and pairs.contexts(measure) == 2
+    assert pairs.split(4, seed=0) == splits[0]
+    assert len({tuple(measure) for _, measure in splits}) > 1
+    assert pairs.split(0, seed=0)[1] == []
+    assert len(pairs.split(21, seed=0)[0]) == 3
+    with pytest.raises(ValueError, match=r"validation_pairs is 22; .* 24 pairs in 8 contexts"):
+        pairs.split(22, seed=0)

@@ -130,6 +130,73 @@ def test_a_pair_with_a_context_of_its_own_has_distractors_all_the_same(
     assert {line["kind"] for line in lines if line["fault"] == "distractor"} == {*KINDS} - {"single"}
 
 
+@pytest.mark.parametrize("pairs_per_context", ["1", "2", "3", "8", "9"])
+def test_single_facts_have_every_fault_in_turn(
+    tmp_path: Path, haystack: Path, pairs_per_context: str
+) -> None:
+    make(tmp_path, haystack, "--kinds", "single", "--pairs-per-context", pairs_per_context)
+    faults = Counter(line["fault"] for line in lines_of(tmp_path))
+    assert faults == {"refused": 2, "truncated": 2, "invented": 2}
+
+
+def test_pairs_have_a_million_tokens(tmp_path: Path, haystack: Path) -> None:
+    # one context is built of the shortest length to see whether there is room, which need not be a long one
+    pairs = make(tmp_path, haystack, "--lengths", "2k,1M", "--pairs", "1")
+    lines = lines_of(tmp_path)
+    places = [place for place, line in enumerate(lines) if line["context_tokens"] == 2**20]
+    assert [lines[place]["kind"] for place in places] == list(KINDS)
+    for place in places:
+        pair, line = pairs[place], lines[place]
+        longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        assert 2**20 - 70 <= len(pair.prompt_ids) + longest <= 2**20
+        prompt = bytes(pair.prompt_ids.astype(np.uint8)).decode()
+        assert prompt.endswith(line["question"])
+        document = prompt.removesuffix(line["question"])
+        values = stated(document, line["key"])
+        if pair.kind == "absent":
+            assert values == [] and first_number(line["chosen"]) is None
+            continue
+        assert first_number(line["chosen"]) == values[-1] != first_number(line["rejected"])
+        quote = line["chosen"].strip().split("\n")[-1]
+        assert document.count(quote) == 1 and values[-1] in quote
+        assert document.index(quote) / len(document) == pytest.approx(pair.depth, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["bytes", "smollm2"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        # 61 bytes that are no UTF-8, as many as an answer may have
+        pytest.param("\ufffd" * 61, id="replaced"),
+        pytest.param("\ufffd\U0001f600 " * 150, id="mixed"),
+        pytest.param("9" * 400, id="digits"),
+    ],
+)
+def test_a_models_answer_that_is_too_long_is_cut(
+    tmp_path: Path, haystack: Path, tokenizers: dict[str, str], name: str, said: str
+) -> None:
+    tokenizer: PreTrainedTokenizerBase = {"bytes": build_byte_tokenizer, "smollm2": smollm2_tokenizer}[name]()
+    arguments = [
+        "--tokenizer",
+        tokenizers[name],
+        "--kinds",
+        "single",
+        "--pairs",
+        "2",
+        "--short-tokens",
+        "900",
+    ]
+    with ScriptedServer(lambda body: said, max_model_len=8192) as server:
+        pairs = make(tmp_path, haystack, *arguments, "--server", server.url)
+    for pair, line in zip(pairs, lines_of(tmp_path), strict=True):
+        assert line["rejected_source"] == "model" and line["model_answer"] == said
+        # long enough to be what was said
+        assert said.startswith(line["rejected"]) and len(pair.rejected_ids) > 40
+        assert tokenizer.decode(pair.rejected_ids[:-1]) == line["rejected"]
+        assert len(pair.prompt_ids) + len(pair.rejected_ids) <= 2048
+        assert len(pair.short_prompt_ids) + len(pair.rejected_ids) <= 900
+
+
 def test_a_models_own_wrong_answers_are_taken(tmp_path: Path, haystack: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

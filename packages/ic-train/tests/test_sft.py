@@ -112,6 +112,66 @@ def test_a_stage_below_its_bar_stops_the_run(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (None, r"config .*recipe.yaml cannot be read: .*No such file"),
+        ("stages: [", r"config .*recipe.yaml cannot be read: while parsing"),
+        ("- a", r"config .*recipe.yaml holds list; accepted: lines of"),
+        ("presett: ic-nano", r"config .*recipe.yaml has unknown keys \['presett'\]"),
+        ("task: chess", "task is 'chess'; accepted: 'passkey', 'text'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_refused_by_its_name(
+    recipe: str | None, message: str, tmp_path: Path
+) -> None:
+    if recipe is not None:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        sft.main(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_resume_auto_goes_on_from_the_last_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(sft, "train", lambda config, arguments, *_, **__: found.append(arguments))
+    command = ["--config", str(RECIPE), "--output_dir", str(tmp_path)]
+    sft.main([*command, "--resume", "auto"])
+    for number in (9, 10, 11):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        if number != 11:
+            (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    sft.main([*command, "--resume", "auto"])
+    # as in slurm/job.sh, whose own flag comes first
+    sft.main([*command, "--resume", "auto", "--resume", str(tmp_path / "checkpoint-9")])
+    sft.main([*command, "--resume_from_checkpoint", "elsewhere"])
+    resumed = [one.resume_from_checkpoint for one in found]
+    assert resumed == [None, str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-9"), "elsewhere"]
+    with pytest.raises(SystemExit, match=r"resume is .*checkpoint-11', which has no trainer_state.json"):
+        sft.main([*command, "--resume", str(tmp_path / "checkpoint-11")])
+    with pytest.raises(SystemExit, match="resume_from_checkpoint is 'x' and resume is 'auto'; give one"):
+        sft.main([*command, "--resume", "auto", "--resume_from_checkpoint", "x"])
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    hot = [
+        "--hidden_matrices",
+        "optim",
+        "--learning_rate",
+        "1e30",
+        "--max_grad_norm",
+        "0",
+        "--warmup_steps",
+        "0",
+    ]
+    with pytest.raises(
+        SystemExit, match="error: the loss or its gradient became infinite or no number after"
+    ):
+        sft.main(["--config", str(RECIPE), "--output_dir", str(tmp_path), *hot])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--max_steps", "10"], "max_steps is 10; the stages have 4 steps"),

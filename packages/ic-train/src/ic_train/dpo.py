@@ -18,13 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from ic_model import ICConfig
 from torch import distributed as dist
-from transformers import AutoTokenizer, set_seed
+from transformers import (
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from trl import DPOConfig, TrlParser
 
 from ic_train.checkpoints import CheckpointWriter
+from ic_train.checkpoints.folders import read_record
 from ic_train.context_parallel import register_attention
 from ic_train.data.packing import PackedText
 from ic_train.distributed import (
@@ -38,7 +45,14 @@ from ic_train.distributed import (
 )
 from ic_train.long_context.arguments import LongContextModelArguments, check_model, check_optimiser
 from ic_train.long_context.documents import open_corpora
-from ic_train.long_context.models import build_model, described, identity_of, lora_config
+from ic_train.long_context.models import (
+    build_model,
+    check_sources,
+    described,
+    fingerprints,
+    identity_of,
+    lora_config,
+)
 from ic_train.preemption import StopOnSignal
 from ic_train.preferences.store import Preferences, load_preferences
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
@@ -58,7 +72,8 @@ class PreferenceArguments:
     Args:
         model: a checkpoint's folder.
         preferences: folder that `ic-train data preferences` made, with the model's tokenizer.
-        validation_pairs: pairs that are not trained on, and measured instead where `eval_strategy` says so.
+        validation_pairs: pairs that are not trained on, and measured instead where `eval_strategy` says so; as
+            many more as the last context has, for pairs of a context are on one side.
         objective: "dpo", "solopo" or "longpo"; see trainers.preferences.
         alignment_weight: of the second term of "solopo".
         text_corpora: folders that `ic-train data text` made, with the model's tokenizer: every pair then comes
@@ -91,6 +106,11 @@ class PreferenceArguments:
     resume: str = ""
     background_checkpoints: bool = True
 
+    @property
+    def sources(self) -> dict[str, list[str]]:
+        """Folders whose content may not change when the run is resumed, by field; pairs have a digest."""
+        return {"model": [self.model], "text_corpora": self.text_corpora}
+
     def of_model(self) -> LongContextModelArguments:
         """The same, as the functions that build and save models take it."""
         return LongContextModelArguments(
@@ -116,6 +136,36 @@ class PreferenceTrainingArguments(DPOConfig):
     precompute_ref_log_probs: bool = True
 
 
+class WallTime(TrainerCallback):
+    """Adds up the seconds of training over a run's starts; what is lost with a start is not among them.
+
+    Args:
+        record: what checkpoints say; `wall_s` is added to it.
+        checkpoint: that the run goes on from, or None.
+    """
+
+    def __init__(self, record: dict[str, Any], checkpoint: Path | None) -> None:
+        self.record = record
+        self._before_s = 0.0
+        if checkpoint is not None:
+            before = read_record(checkpoint).get("wall_s")
+            if before is None and rank() == 0:
+                logger.warning("%s does not say how long its run took: wall_s begins with it", checkpoint)
+            self._before_s = before or 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds up to now."""
+        return round(self._before_s + time.perf_counter() - self._started, 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note them, before a checkpoint of this step."""
+        self.record["wall_s"] = self.wall_s
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train as the recipe says, and leave a plain model folder with its record in the output folder."""
     try:
@@ -136,6 +186,8 @@ def check(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
     check_model(arguments.of_model())
     if not (Path(arguments.model) / "config.json").is_file():
         raise ValueError(f"model is {arguments.model!r}; accepted: a checkpoint's folder")
+    if not arguments.preferences:
+        raise ValueError("preferences is ''; accepted: a folder that `ic-train data preferences` made")
     if arguments.objective not in OBJECTIVES:
         raise ValueError(f"objective is {arguments.objective!r}; accepted: {', '.join(OBJECTIVES)}")
     if arguments.alignment_weight < 0:
@@ -237,6 +289,9 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
     parts = _split(pairs, arguments, training, group)
     record = _record(arguments, training, pairs, parts, longest)
     resume = resume_point(arguments.resume, training.output_dir, record["identity"], group)
+    if resume is not None:
+        check_sources(resume, arguments.sources)
+    saved = {**record["identity"], "sources": record["sources"]}
     prepare_trackers(training)
     stop = StopOnSignal(group)
     trainer = PreferenceTrainer(
@@ -263,13 +318,14 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
             keep=training.save_total_limit,
             background=arguments.background_checkpoints,
         ),
-        record=record["identity"],
+        record=saved,
         files={RUN_FILE: json.dumps(described(arguments.of_model()), indent=1) + "\n"},
     )
     guard_trackers(trainer.callback_handler, _facts(record))
-    started = time.perf_counter()
+    clock = WallTime(saved, resume)
+    trainer.add_callback(clock)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    record["wall_s"] = round(time.perf_counter() - started, 1)
+    record["wall_s"] = clock.wall_s
     if stop.stopped:
         if rank() == 0:
             stop.mark(training.output_dir)
@@ -311,18 +367,14 @@ def _split(
     TRL keeps the reference's log-probabilities beside them, under a name made of `_fingerprint` and the weights:
     the next run with the same pairs, objective and model finds them.
     """
-    if arguments.validation_pairs >= len(pairs):
-        raise ValueError(
-            f"validation_pairs is {arguments.validation_pairs}; {arguments.preferences} has {len(pairs)} pairs, "
-            "and at least one has to be left for training"
+    train_on, measure = pairs.split(arguments.validation_pairs, training.seed)
+    if rank() == 0 and len(measure) != arguments.validation_pairs:
+        logger.warning(
+            "validation_pairs is %d; %d are measured, which is all of %d contexts",
+            *(arguments.validation_pairs, len(measure), pairs.contexts(measure)),
         )
-    order = np.random.default_rng(training.seed).permutation(len(pairs)).tolist()
-    numbers = {
-        "training": order[arguments.validation_pairs :],
-        "validation": order[: arguments.validation_pairs],
-    }
     made: dict[str, Any] = {}
-    for name, chosen in numbers.items():
+    for name, chosen in (("training", train_on), ("validation", measure)):
         if not chosen:
             continue
         content = json.dumps([pairs.digest, arguments.objective, training.ld_alpha, chosen])
@@ -358,11 +410,18 @@ def _record(
         ),
         "seed": training.seed,
     }
+    if "validation" in parts:
+        measured = parts["validation"]["pair"]
+        # a checkpoint of before contexts were kept whole was split otherwise, unless each pair has one of its own
+        if (contexts := pairs.contexts(measured)) < len(measured):
+            identity["validation_contexts"] = contexts
     if arguments.text_corpora:
         names = [Path(path).name for path in arguments.text_corpora]
         identity["text"] = [names, arguments.text_weight, arguments.text_tokens]
     return {
         **run_record("ic_train.dpo", identity),
+        "sources": fingerprints(arguments.sources),
+        "validation_pairs": len(parts.get("validation", ())),
         "longest_pair_tokens": longest,
         "pairs_by_kind": pairs.counts(),
     }

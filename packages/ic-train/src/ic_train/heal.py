@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import yaml
 from ic_model import ICForCausalLM
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -32,11 +32,13 @@ from transformers import (
 
 from ic_train.data.packing import PackedText
 from ic_train.data.text import load_token_corpus
+from ic_train.recipe import read_recipe
 from ic_train.results import commit, device_name
 from ic_train.trainers.distillation import OPTIMIZERS, DistillationTrainer, TimeLimit
 from ic_train.trainers.distillation_loss import DistillationWeights
 from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
 from ic_train.trainers.padded_attention import register_padded_sdpa
+from ic_train.trainers.restartable import NonFiniteLossError
 
 RECORD_FILE = "training.json"
 _CARRIED = ("conversion.json", "conversion.png", "generation_config.json")
@@ -99,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         heal_arguments, text_arguments, training_arguments = parse(arguments)
         data = _check(heal_arguments, text_arguments, training_arguments)
         heal(heal_arguments, training_arguments, data)
-    except ValueError as error:
+    except (ValueError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -115,17 +117,9 @@ def parse(arguments: list[str] | None = None) -> tuple[HealArguments, TextArgume
         place = given.index("--config")
         if place + 1 >= len(given):
             raise ValueError("--config needs a file")
-        path = Path(given[place + 1])
+        path = given[place + 1]
         del given[place : place + 2]
-        try:
-            recipe = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ValueError(f"config {path} cannot be read: {error}") from None
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(recipe) - known)
-        if unknown:
-            raise ValueError(f"config {path} has unknown keys {unknown}")
-        parser.set_defaults(**recipe)
+        parser.set_defaults(**read_recipe(path, {action.dest for action in parser._actions}))
     heal_arguments, text_arguments, training_arguments = parser.parse_args_into_dataclasses(given)
     return heal_arguments, text_arguments, training_arguments
 
@@ -144,13 +138,17 @@ def heal(
         the trainer, with its log.
 
     Raises:
-        ValueError: model, teacher and text do not go together.
+        ValueError: model, teacher and text do not go together, or one of them is damaged.
+        NonFiniteLossError: the loss or its gradient became no number.
     """
     set_seed(training_arguments.seed)
     register_padded_sdpa()
-    model = ICForCausalLM.from_pretrained(
-        arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation
-    )
+    try:
+        model = ICForCausalLM.from_pretrained(
+            arguments.model, dtype=torch.float32, attn_implementation=arguments.attn_implementation
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model {arguments.model} cannot be read: {error}") from None
     if not arguments.train_embeddings:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.requires_grad_(False)
@@ -217,7 +215,7 @@ def load_source_model(path: Path) -> PreTrainedModel:
         if path.is_file():
             return _gguf_model(path)
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 

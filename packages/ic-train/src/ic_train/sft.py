@@ -5,7 +5,7 @@ r"""Supervised training: of pass-key retrieval over a curriculum of lengths, or 
       -m ic_train.sft --config packages/ic-train/recipes/ic-1b/extend-32k.yaml
 
 A recipe with `task: text` is of the second kind; see `ic_train.long_context`. The keys of the first kind are the
-fields of the three dataclasses below; TRL's parser reads both, so that any key can also be given as a flag, and a
+fields of the four dataclasses below; TRL's parser reads both, so that any key can also be given as a flag, and a
 flag wins over the recipe.
 """
 
@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import platform
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -25,19 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from ic_model import ICConfig, ICForCausalLM
 from ic_model.byte_tokenizer import build_byte_tokenizer
 from ic_model.presets import preset
 from torch import distributed as dist
 from transformers import TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import TrlParser
 
+from ic_train.checkpoints.folders import AUTO, PREFIX
 from ic_train.data.corpus import Corpus, load_corpus
 from ic_train.data.curriculum import Curriculum, CurriculumBatches
 from ic_train.metrics import ThroughputMeter
+from ic_train.recipe import read_recipe
 from ic_train.results import commit, device_name
 from ic_train.trainers import MuonWithAdamW, PasskeyTrainer
+from ic_train.trainers.restartable import NonFiniteLossError
 
 HIDDEN_MATRICES = ("optim", "muon")
 RECORD_FILE = "training.json"
@@ -92,20 +96,40 @@ class DataArguments:
     corpus_max_mb: int = 64
 
 
+@dataclass
+class RunArguments:
+    """Where it begins.
+
+    Args:
+        resume: "auto" to go on from the output folder's last whole checkpoint if there is one, or a checkpoint's
+            folder; empty: from the start, or from what transformers' `resume_from_checkpoint` names.
+    """
+
+    resume: str = ""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train as the recipe says, and leave a checkpoint with its record in the output folder."""
-    task = asked_task(sys.argv[1:] if arguments is None else arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        task = asked_task(given)
+        if task not in ("passkey", "text"):
+            raise ValueError(f"task is {task!r}; accepted: 'passkey', 'text'")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if task == "text":
         from ic_train.long_context.run import main as train_on_text
 
         train_on_text(arguments)
-        return
-    if task != "passkey":
-        sys.exit(f"error: task is {task!r}; accepted: 'passkey', 'text'")
-    kinds = (ModelArguments, DataArguments, OptimizerArguments, TrainingArguments)
-    parsed = TrlParser(kinds).parse_args_and_config(arguments)  # type: ignore[arg-type]
-    model_arguments, data_arguments, optimizer_arguments, training_arguments = parsed
+    else:
+        _train_on_passkeys(given)
+
+
+def _train_on_passkeys(given: list[str]) -> None:
     try:
+        parsed = _parse(given)
+        model_arguments, data_arguments, optimizer_arguments, run_arguments, training_arguments = parsed
+        training_arguments.resume_from_checkpoint = _resume_point(run_arguments.resume, training_arguments)
         curriculum = Curriculum.from_recipe(data_arguments.stages)
         corpus = load_corpus(data_arguments.corpus_paths or None, max_mb=data_arguments.corpus_max_mb)
         _check(training_arguments, optimizer_arguments, curriculum)
@@ -115,28 +139,75 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     config._attn_implementation = model_arguments.attn_implementation
     muon = optimizer_arguments.hidden_matrices == "muon"
-    train(
-        config,
-        training_arguments,
-        curriculum,
-        corpus,
-        muon=muon,
-        final_score_factor=model_arguments.final_score_factor,
-    )
+    try:
+        train(
+            config,
+            training_arguments,
+            curriculum,
+            corpus,
+            muon=muon,
+            final_score_factor=model_arguments.final_score_factor,
+        )
+    except NonFiniteLossError as error:
+        sys.exit(f"error: {error}")
 
 
-def asked_task(arguments: list[str]) -> str:
-    """What a recipe or a flag says of the task; "passkey" where neither says anything."""
+def _config_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--task")
-    known, _ = parser.parse_known_args(arguments)
-    if known.task is not None:
-        return known.task
-    if known.config is None or not known.config.is_file():
-        return "passkey"
-    recipe = yaml.safe_load(known.config.read_text())
-    return str(recipe.get("task", "passkey")) if isinstance(recipe, dict) else "passkey"
+    return parser
+
+
+def _parse(given: list[str]) -> Any:
+    """The arguments of a pass-key run, by flags and recipe.
+
+    Raises:
+        ValueError: the recipe has a key that nothing reads, or the arguments do not go together.
+    """
+    kinds = (ModelArguments, DataArguments, OptimizerArguments, RunArguments, TrainingArguments)
+    parser = TrlParser(kinds)  # type: ignore[arg-type]
+    known, _ = _config_parser().parse_known_args(given)
+    if known.config is not None:
+        # TRL's own message does not name the file; `env` is TRL's
+        read_recipe(known.config, {"env", *(action.dest for action in parser._actions)})
+    return parser.parse_args_and_config(given)
+
+
+def _resume_point(resume: str, training: TrainingArguments) -> str | None:
+    """The checkpoint to go on from, or None.
+
+    Raises:
+        ValueError: `resume` is no whole checkpoint, or transformers' argument is given as well.
+    """
+    if not resume:
+        return training.resume_from_checkpoint
+    if training.resume_from_checkpoint:
+        raise ValueError(
+            f"resume_from_checkpoint is {training.resume_from_checkpoint!r} and resume is {resume!r}; give one"
+        )
+    if resume != AUTO:
+        if not (Path(resume) / TRAINER_STATE_NAME).is_file():
+            raise ValueError(
+                f"resume is {resume!r}, which has no {TRAINER_STATE_NAME}; accepted: 'auto', or a folder "
+                f"{PREFIX}N of a run"
+            )
+        return resume
+    # transformers writes the trainer's state last: a folder without it is half a checkpoint
+    whole = Path(training.output_dir).glob(f"{PREFIX}*/{TRAINER_STATE_NAME}")
+    numbers = [int(name[1]) for file in whole if (name := re.fullmatch(rf"{PREFIX}(\d+)", file.parent.name))]
+    return str(Path(training.output_dir) / f"{PREFIX}{max(numbers)}") if numbers else None
+
+
+def asked_task(arguments: list[str]) -> str:
+    """What a recipe or a flag says of the task; "passkey" where neither says anything.
+
+    Raises:
+        ValueError: the recipe cannot be read.
+    """
+    known, _ = _config_parser().parse_known_args(arguments)
+    recipe = {} if known.config is None else read_recipe(known.config)
+    return str(recipe.get("task", "passkey")) if known.task is None else known.task
 
 
 def train(
@@ -160,6 +231,9 @@ def train(
 
     Returns:
         the trainer, with its log.
+
+    Raises:
+        NonFiniteLossError: the loss or its gradient became no number.
     """
     # before the weights are drawn: the trainer seeds only when it is built
     set_seed(arguments.seed)

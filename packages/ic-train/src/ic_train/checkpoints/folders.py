@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,11 @@ PREFIX = "checkpoint-"
 COMPLETE = "complete.json"
 PARTIAL = ".partial"
 AUTO = "auto"
+# before the name of a checkpoint that the run did not go on from
+ABANDONED = "abandoned-"
+# in the output folder: the checkpoint that the run went on from
+RESUMED_FILE = "resumed"
+logger = logging.getLogger(__name__)
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
@@ -66,12 +72,45 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / COMPLETE} cannot be read: {error}") from None
 
 
+def leave_others(output_dir: str | Path, resumed: Path) -> None:
+    """Set aside what the run did not go on from: "auto" and `remove_old` would prefer it to what follows.
+
+    That is every later checkpoint of the run, or all of them where it goes on from another folder's. They are
+    renamed, never deleted.
+
+    Args:
+        output_dir: of the run.
+        resumed: the checkpoint whose state the run has.
+    """
+    folders = checkpoint_folders(output_dir)
+    own = [folder.resolve() for folder in folders]
+    place = own.index(resumed.resolve()) + 1 if resumed.resolve() in own else 0
+    for folder in folders[place:]:
+        aside = _free_name(folder.with_name(ABANDONED + folder.name))
+        folder.rename(aside)
+        logger.warning("%s is set aside as %s: the run goes on from %s", folder, aside.name, resumed)
+    (Path(output_dir) / RESUMED_FILE).write_text(f"{resumed}\n")
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; one that is half removed is not taken for whole."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_old(output_dir: str | Path, keep: int | None) -> None:
     """Remove what interrupted saves left, and all but the last `keep` whole checkpoints; None keeps all."""
     for folder in Path(output_dir).glob(f"{PREFIX}*{PARTIAL}"):
         shutil.rmtree(folder, ignore_errors=True)
     if keep is not None:
         for folder in checkpoint_folders(output_dir)[: -max(keep, 1)]:
-            # the mark first: what is half removed must not be taken for whole
-            (folder / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of path.2, path.3, ... that there is nothing at."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free

@@ -7,12 +7,14 @@ before that leaves the checkpoint before it as the last one.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from ic_train.checkpoints.folders import COMPLETE, PARTIAL, PREFIX, remove_old
+from ic_train.checkpoints.folders import COMPLETE, PARTIAL, PREFIX, remove, remove_old
 from ic_train.distributed import any_process, rank, world_size
 
 RNG_FILE, SCHEDULER_FILE = "rng_{rank}.pt", "scheduler.pt"
@@ -47,6 +49,10 @@ class CheckpointWriter:
         group: process group for tensors on the CPU, used by nothing else; None for one process alone.
         keep: whole checkpoints that are kept; None: all.
         background: whether training goes on while a checkpoint is written.
+
+    Attributes:
+        saved_step: the last one that this writer has saved whole; None: none yet.
+        failed_steps: those that it could not save.
     """
 
     def __init__(self, output_dir: str | Path, group: Any, *, keep: int | None, background: bool) -> None:
@@ -54,6 +60,7 @@ class CheckpointWriter:
         self.group = group
         self.keep = keep
         self.background = background
+        self.saved_step: int | None = None
         self.failed_steps: list[int] = []
         self._writing: tuple[int, Future[Any]] | None = None
         self._alone = ThreadPoolExecutor(1) if group is None else None
@@ -66,8 +73,9 @@ class CheckpointWriter:
         scheduler: Any,
         files: dict[str, str],
         record: dict[str, Any],
+        rng_states: dict[str, Any] | None = None,
     ) -> None:
-        """Begin to save; what was begun before is finished first.
+        """Begin to save; what was begun before is finished first. A step that is saved already is left as it is.
 
         A save that fails, as on a full disk, is logged and leaves nothing behind: training goes on, and the
         checkpoint before stays the last one.
@@ -79,13 +87,16 @@ class CheckpointWriter:
             scheduler: of the learning rate.
             files: more files of the checkpoint, by name.
             record: what `complete.json` is to say.
+            rng_states: this rank's, of `random_states`; None: the present ones.
         """
         self.finish()
+        if step == self.saved_step:
+            return
         partial = self.output_dir / f"{PREFIX}{step}{PARTIAL}"
         weights, states = get_state_dict(model, optimizer, options=_options(model))
-        problem = self._write_small_files(partial, scheduler, files)
+        problem = self._write_small_files(partial, scheduler, files, rng_states or random_states())
         if any_process(problem is not None, self.group):
-            self._give_up(step, problem or OSError("another rank could not write"))
+            self._give_up(step, problem)
             return
         state = {"model": weights, "optimizer": states}
         record = {**record, "step": step, "ranks": world_size(), "files": sorted(files)}
@@ -116,22 +127,26 @@ class CheckpointWriter:
             # whatever the storage raises: the run is worth more than one checkpoint
             problem = error
         if any_process(problem is not None, self.group):
-            self._give_up(step, problem or OSError("another rank could not write"))
+            self._give_up(step, problem)
             return False
+        self.saved_step = step
         return True
 
-    def _write_small_files(self, partial: Path, scheduler: Any, files: dict[str, str]) -> OSError | None:
+    def _write_small_files(
+        self, partial: Path, scheduler: Any, files: dict[str, str], rng_states: dict[str, Any]
+    ) -> OSError | None:
         try:
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             if self.group is not None:
                 dist.barrier(self.group)
             partial.mkdir(parents=True, exist_ok=True)
-            torch.save(_rng_states(), partial / RNG_FILE.format(rank=rank()))
+            _save(rng_states, partial / RNG_FILE.format(rank=rank()))
             if rank() == 0:
-                torch.save(scheduler.state_dict(), partial / SCHEDULER_FILE)
+                _save(scheduler.state_dict(), partial / SCHEDULER_FILE)
                 for name, text in files.items():
                     (partial / name).write_text(text)
+                    _to_disk(partial / name)
         except OSError as error:
             return error
         except RuntimeError as error:
@@ -161,14 +176,15 @@ class CheckpointWriter:
         written.add_done_callback(complete)
         return completed
 
-    def _give_up(self, step: int, problem: BaseException) -> None:
+    def _give_up(self, step: int, problem: BaseException | None) -> None:
+        """Clean up, and say why on every rank that knows."""
         self.failed_steps.append(step)
         if rank() == 0:
             shutil.rmtree(self.output_dir / f"{PREFIX}{step}{PARTIAL}", ignore_errors=True)
-            reason = str(problem).strip().splitlines() or [type(problem).__name__]
+        if problem is not None or rank() == 0:
             logger.error(
-                "%s%d was not saved: %s. Training goes on; the checkpoint before it is untouched",
-                *(PREFIX, step, reason[-1]),
+                "rank %d: %s%d was not saved: %s. Training goes on; the checkpoint before it is untouched",
+                *(rank(), PREFIX, step, "another rank says why" if problem is None else _reason(problem)),
             )
 
 
@@ -189,9 +205,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     try:
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except _FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"{folder} cannot be loaded: {reason[-1]}; it is damaged or of another model, give an earlier one"
+            f"{folder} cannot be loaded: {_reason(error)}; it is damaged or of another model, give an earlier one"
         ) from error
     set_state_dict(
         model,
@@ -200,7 +215,23 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         optim_state_dict=state["optimizer"],
         options=_options(model),
     )
-    scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+    read(folder / SCHEDULER_FILE, lambda file: scheduler.load_state_dict(torch.load(file, weights_only=True)))
+
+
+def read(file: Path, load: Callable[[Path], Any]) -> Any:
+    """What `load` makes of a file of a checkpoint.
+
+    Raises:
+        ValueError: the file is damaged or missing; names it.
+    """
+    try:
+        return load(file)
+    except Exception as error:
+        # each format has its own kinds, whose texts are about the format
+        kind = type(error).__name__
+        raise ValueError(
+            f"{file} cannot be read: {kind}; the checkpoint is damaged, give an earlier one"
+        ) from error
 
 
 def _options(model: nn.Module) -> StateDictOptions:
@@ -215,10 +246,36 @@ def _complete(partial: Path, record: dict[str, Any], output_dir: Path, keep: int
         json.dump({**record, "saved_unix_s": round(time.time())}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    # a run that was resumed from before may save a step again
-    shutil.rmtree(folder, ignore_errors=True)
+    # the data's names, before the one that says that they are all there
+    _to_disk(partial)
+    # what a removal that was interrupted has left
+    remove(folder)
     partial.rename(folder)
+    _to_disk(output_dir)
     remove_old(output_dir, keep)
+
+
+def _save(content: Any, file: Path) -> None:
+    torch.save(content, file)
+    _to_disk(file)
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, would survive a power failure."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        # some network file systems cannot for a folder
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(opened)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of an error, which says what went wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _copied(state: Any) -> Any:
@@ -232,7 +289,8 @@ def _copied(state: Any) -> Any:
     return state
 
 
-def _rng_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """This rank's random states, as a checkpoint has them."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     states: dict[str, Any] = {
@@ -247,9 +305,15 @@ def _rng_states() -> dict[str, Any]:
 
 
 def restore_rng(folder: Path) -> None:
-    """Set this rank's random states to those of a checkpoint; on another number of ranks they start anew."""
+    """Set this rank's random states to those of a checkpoint; on another number of ranks they start anew.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = folder / RNG_FILE.format(rank=rank())
-    states = torch.load(file, weights_only=True) if file.is_file() else {"ranks": None}
+    states: dict[str, Any] = {"ranks": None}
+    if file.is_file():
+        states = read(file, lambda saved: torch.load(saved, weights_only=True))
     if states["ranks"] != world_size():
         # data comes by number and the model drops nothing out: only what a user adds draws random numbers
         logger.warning(

@@ -6,13 +6,28 @@ Letters: T tokens per sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ic_train.data.text import TokenCorpus
+
+# sequences take their corpora by these places in [0, 1), over and over: multiples of the golden ratio
+PLACES = (np.arange(4096) * ((5**0.5 - 1) / 2)) % 1.0
+
+
+def refuse_share(name: str, share: float) -> NoReturn:
+    """Say that a stream of sequences has none of the places.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{name} has a share of {share:.2g} of the sequences, of which none would come: shares from 0.0005 on do; "
+        "give it a larger weight, or leave it out"
+    )
 
 
 class PackedText(Dataset[dict[str, torch.Tensor]]):
@@ -31,7 +46,8 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         name: of the recipe's key for T, for messages.
 
     Raises:
-        ValueError: a corpus has fewer than 2 T tokens, or the weights do not fit.
+        ValueError: a corpus has fewer than 2 T tokens, the weights do not fit, or a share is so small that it
+            would never come.
     """
 
     def __init__(
@@ -62,24 +78,34 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         shares = np.asarray(weights or self._counts, dtype=np.float64)
         # ends of the corpora's shares of [0, 1)
         self._shares = (shares / shares.sum()).cumsum()
+        for number, count in enumerate(self._block_counts()):
+            if not count:
+                refuse_share(f"corpus {number} ({corpora[number].folder})", shares[number] / shares.sum())
         self._length = num_sequences or sum(self._counts)
         self._orders: dict[tuple[int, int], tuple[np.ndarray, int]] = {}
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """What the corpora are."""
-        return [corpus.record for corpus in self.corpora]
+        """What the corpora are, without the checksums."""
+        return [
+            {name: value for name, value in corpus.record.items() if name != "block_crc32"}
+            for corpus in self.corpora
+        ]
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """`input_ids [T]`; they are the labels, too."""
+        """`input_ids [T]`; they are the labels, too.
+
+        Raises:
+            ValueError: the corpus's file is damaged.
+        """
         chosen, turn = self._choose(number)
         epoch, place = divmod(turn, self._counts[chosen])
         order, offset = self._order(chosen, epoch)
         start = offset + int(order[place]) * self.tokens_per_sequence
-        tokens = self.corpora[chosen].tokens[start : start + self.tokens_per_sequence]
+        tokens = self.corpora[chosen].read(start, start + self.tokens_per_sequence)
         return {"input_ids": torch.from_numpy(tokens.astype(np.int64))}
 
     def _choose(self, number: int) -> tuple[int, int]:
@@ -88,7 +114,7 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
         The golden ratio's multiples fill [0, 1) evenly, so that after any number of sequences every corpus has
         had its share; the count before is that number times the share, found exactly by counting in blocks.
         """
-        block, within = divmod(number, _BLOCK)
+        block, within = divmod(number, len(PLACES))
         counts = self._block_counts()
         corpora = self._block()
         chosen = int(corpora[within])
@@ -97,8 +123,7 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
 
     def _block(self) -> np.ndarray:
         if not hasattr(self, "_block_cache"):
-            places = (np.arange(_BLOCK) * _GOLDEN) % 1.0
-            self._block_cache = np.searchsorted(self._shares[:-1], places, side="right")
+            self._block_cache = np.searchsorted(self._shares[:-1], PLACES, side="right")
         return self._block_cache
 
     def _block_counts(self) -> np.ndarray:
@@ -113,7 +138,3 @@ class PackedText(Dataset[dict[str, torch.Tensor]]):
             offset = int(rng.integers(self.tokens_per_sequence))
             self._orders[key] = rng.permutation(self._counts[chosen]), offset
         return self._orders[key]
-
-
-_BLOCK = 4096
-_GOLDEN = (5**0.5 - 1) / 2

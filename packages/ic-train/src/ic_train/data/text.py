@@ -10,8 +10,9 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 RECORD_FILE, TOKENS_FILE = "corpus.json", "tokens.bin"
 FORMAT = "ic-train corpus 1"
+DTYPES = ("<u2", "<u4")
+# of tokens.bin; each has a checksum in the record
+BLOCK_BYTES = 2**24
 PLAIN_SUFFIXES = (".txt", ".md", ".rst", ".text")
 SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".parquet")
 # characters handed to the tokenizer at once: it is parallel over a batch and keeps all of it in memory
@@ -44,12 +48,33 @@ class TokenCorpus:
     """A corpus, mapped into memory.
 
     Args:
-        tokens: `[tokens]` unsigned integers, read from disk as they are used.
+        tokens: `[tokens]` unsigned integers, read from disk as they are used; `read` checks them.
         record: what `corpus.json` says.
+        folder: of the corpus, for messages.
     """
 
     tokens: np.ndarray
     record: dict[str, Any]
+    folder: Path = Path()
+    _whole_blocks: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `[stop - start]`; their blocks of the file are checked when this process first reads of them.
+
+        Raises:
+            ValueError: a block is not what was written. Corpora of before there were checksums are not checked.
+        """
+        if sums := self.record.get("block_crc32"):
+            size = BLOCK_BYTES // self.tokens.itemsize
+            for block in range(start // size, -(-stop // size)):
+                if block not in self._whole_blocks:
+                    if zlib.crc32(self.tokens[block * size : (block + 1) * size].data) != sums[block]:
+                        raise ValueError(
+                            f"{self.folder / TOKENS_FILE} is damaged: what follows byte {block * BLOCK_BYTES} is "
+                            "not what was written; copy it again, or make the corpus again"
+                        )
+                    self._whole_blocks.add(block)
+        return self.tokens[start:stop]
 
 
 def text_files(path: str | Path) -> list[Path]:
@@ -143,6 +168,8 @@ def write_corpus(
             "tokenizer": tokenizer_name,
             "vocab_size": len(tokenizer),
             "eos_token_id": tokenizer.eos_token_id,
+            "block_bytes": BLOCK_BYTES,
+            "block_crc32": _block_sums(partial / TOKENS_FILE),
             "max_tokens_per_source": max_tokens or None,
             "sources": [asdict(source) for source in written],
         }
@@ -159,23 +186,51 @@ def load_token_corpus(path: str | Path) -> TokenCorpus:
     """Map a corpus into memory.
 
     Raises:
-        ValueError: the folder is no corpus, or is not whole.
+        ValueError: the folder is no corpus, or is not whole. The message names the file.
     """
     folder = Path(path)
     if not (folder / RECORD_FILE).is_file():
         raise ValueError(f"{folder} is no corpus: it has no {RECORD_FILE}; `ic-train data text` makes one")
-    record = json.loads((folder / RECORD_FILE).read_text())
-    if record.get("format") != FORMAT:
-        raise ValueError(
-            f"format in {folder / RECORD_FILE} is {record.get('format')!r}; accepted: {FORMAT!r}"
-        )
+    record = _read_record(folder / RECORD_FILE)
     dtype = np.dtype(record["dtype"])
-    size, wanted = (folder / TOKENS_FILE).stat().st_size, record["tokens"] * dtype.itemsize
-    if size != wanted:
-        raise ValueError(
-            f"{folder / TOKENS_FILE} has {size} bytes; its record says {wanted}: it is not whole"
-        )
-    return TokenCorpus(tokens=np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r"), record=record)
+    wanted = record["tokens"] * dtype.itemsize
+    try:
+        size = (folder / TOKENS_FILE).stat().st_size
+        if size == wanted:
+            tokens = np.memmap(folder / TOKENS_FILE, dtype=dtype, mode="r")
+            return TokenCorpus(tokens=tokens, record=record, folder=folder)
+    except OSError as error:
+        raise ValueError(f"{folder / TOKENS_FILE} cannot be read: {error}") from None
+    raise ValueError(f"{folder / TOKENS_FILE} has {size} bytes; its record says {wanted}: it is not whole")
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    found = record.get("format") if isinstance(record, dict) else record
+    if found != FORMAT:
+        raise ValueError(f"format in {file} is {found!r}; accepted: {FORMAT!r}")
+    for name in ("tokens", "vocab_size", "eos_token_id"):
+        if not isinstance(record.get(name), int) or record[name] < 0:
+            raise ValueError(f"{name} in {file} is {record.get(name)!r}; it must be a number, at least 0")
+    if record.get("dtype") not in DTYPES:
+        raise ValueError(f"dtype in {file} is {record.get('dtype')!r}; accepted: {', '.join(DTYPES)}")
+    if "block_crc32" in record:
+        blocks = -(-record["tokens"] * np.dtype(record["dtype"]).itemsize // BLOCK_BYTES)
+        if record.get("block_bytes") != BLOCK_BYTES or len(record["block_crc32"]) != blocks:
+            raise ValueError(
+                f"block_crc32 in {file} must have {blocks} checksums, each of {BLOCK_BYTES} bytes; make the "
+                "corpus again"
+            )
+    return record
+
+
+def _block_sums(file: Path) -> list[int]:
+    """CRC-32 of every block: it is for bad copies and disks, and several times as fast as SHA-256."""
+    with file.open("rb") as blocks:
+        return [zlib.crc32(block) for block in iter(lambda: blocks.read(BLOCK_BYTES), b"")]
 
 
 def _write_source(

@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from ic_train.context_parallel import local_tokens
+from ic_train.data.packing import PLACES, refuse_share
 from ic_train.data.positions import skipped_positions
-from ic_train.data.text import TokenCorpus, load_token_corpus
+from ic_train.data.text import TOKENS_FILE, TokenCorpus, load_token_corpus
 from ic_train.trainers.linear_loss import IGNORED
 
 _SCANNED_TOKENS = 2**24
@@ -88,7 +89,8 @@ class PackedDocuments(Dataset[dict[str, Any]]):
         batch_sequences: sequences that a process takes at once, which the numbers of items are counted in.
 
     Raises:
-        ValueError: there are too few tokens, or the weights do not fit.
+        ValueError: there are too few tokens, the weights do not fit, a share is so small that it would never come,
+            or a corpus's file is damaged.
     """
 
     def __init__(
@@ -121,6 +123,10 @@ class PackedDocuments(Dataset[dict[str, Any]]):
         ]
         self._ends = np.cumsum([stream.share for stream in self._streams])
         self._ends /= self._ends[-1]
+        counts = np.bincount(self._block(), minlength=len(self._streams))
+        for stream, count in zip(self._streams, counts, strict=True):
+            if not count:
+                refuse_share(f"{stream.name} ({stream.corpus.folder})", stream.share)
 
     def __len__(self) -> int:
         """Number of items: sequences times the processes that share each."""
@@ -194,11 +200,15 @@ class PackedDocuments(Dataset[dict[str, Any]]):
         The golden ratio's multiples fill [0, 1) evenly: after any number of sequences every stream has had its
         share. Blocks of them are alike, so that counting is cheap.
         """
-        block, within = divmod(number, _BLOCK)
-        chosen = np.searchsorted(self._ends[:-1], _PLACES, side="right")
+        block, within = divmod(number, len(PLACES))
+        chosen = self._block()
         stream = int(chosen[within])
         per_block = int((chosen == stream).sum())
         return stream, block * per_block + int((chosen[:within] == stream).sum())
+
+    def _block(self) -> np.ndarray:
+        """The streams of a block of sequences, `[4096]`."""
+        return np.searchsorted(self._ends[:-1], PLACES, side="right")
 
     def _read(self, chosen: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
         """T + 1 tokens of a stream, and where documents begin among them."""
@@ -218,15 +228,15 @@ class PackedDocuments(Dataset[dict[str, Any]]):
                 edges.append(position - first)
             start = int(stream.starts[order[document]]) + position - begin
             count = min(int(ends[document]), wanted) - position
-            pieces.append(np.asarray(stream.corpus.tokens[start : start + count]))
+            pieces.append(stream.corpus.read(start, start + count))
             position += count
             document += 1
         tokens = np.concatenate(pieces).astype(np.int64)
         vocabulary = stream.corpus.record["vocab_size"]
         if int(tokens.max()) >= vocabulary:
             raise ValueError(
-                f"{stream.name} has token {int(tokens.max())}; its record says {vocabulary} tokens: tokens.bin is "
-                "damaged, make the corpus again"
+                f"{stream.name} has token {int(tokens.max())}; its record says {vocabulary} tokens: "
+                f"{stream.corpus.folder / TOKENS_FILE} is damaged, make the corpus again"
             )
         return tokens, np.array(edges, dtype=np.int64)
 
@@ -297,17 +307,13 @@ def _streams(corpus: TokenCorpus, share: float, packing: Packing, name: str) -> 
 
 def _documents(corpus: TokenCorpus) -> tuple[np.ndarray, np.ndarray]:
     """Where documents begin and how long they are, end token included."""
-    tokens, end = corpus.tokens, corpus.record["eos_token_id"]
+    end, total = corpus.record["eos_token_id"], len(corpus.tokens)
     found = [
-        np.flatnonzero(tokens[first : first + _SCANNED_TOKENS] == end) + first
-        for first in range(0, len(tokens), _SCANNED_TOKENS)
+        np.flatnonzero(corpus.read(first, min(first + _SCANNED_TOKENS, total)) == end) + first
+        for first in range(0, total, _SCANNED_TOKENS)
     ]
     edges = np.concatenate(found) + 1
-    if not len(edges) or edges[-1] != len(tokens):
-        edges = np.append(edges, len(tokens))
+    if not len(edges) or edges[-1] != total:
+        edges = np.append(edges, total)
     starts = np.concatenate(([0], edges[:-1]))
     return starts, edges - starts
-
-
-_BLOCK = 4096
-_PLACES = (np.arange(_BLOCK) * ((5**0.5 - 1) / 2)) % 1.0

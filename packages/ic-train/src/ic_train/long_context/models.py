@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -14,8 +16,14 @@ from ic_model.presets import preset, preset_names
 from torch import nn
 from transformers import AutoTokenizer
 
+from ic_train.checkpoints.folders import read_record
+from ic_train.data.text import RECORD_FILE
+from ic_train.distributed import rank
+from ic_train.evaluation.command import weights_fingerprint
 from ic_train.long_context.arguments import LongContextModelArguments
 from ic_train.long_context.extension import check_extension, extend_context
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(arguments: LongContextModelArguments) -> ICConfig:
@@ -121,3 +129,45 @@ def identity_of(arguments: LongContextModelArguments) -> dict[str, Any]:
     # not in the checkpoints of before there was a choice
     del fields["feed_forward"]
     return fields
+
+
+def fingerprints(sources: Mapping[str, Sequence[str]]) -> dict[str, list[str | None]]:
+    """Tell what a run begins with from other models and texts of the same names; little of them is read.
+
+    Args:
+        sources: by the recipe's field, paths of checkpoints and of folders that `ic-train data text` made.
+
+    Returns:
+        by field, SHA-256 for each path; None where it is no folder but the name of a preset.
+    """
+    return {name: [_fingerprint(Path(path)) for path in paths] for name, paths in sources.items()}
+
+
+def check_sources(checkpoint: Path, sources: Mapping[str, Sequence[str]]) -> None:
+    """Refuse to resume where a folder now holds something else under its name.
+
+    Args:
+        checkpoint: to resume from; one whose record has no `sources` is let through with a warning.
+        sources: of `fingerprints`.
+
+    Raises:
+        ValueError: the run did not begin with these.
+    """
+    saved = read_record(checkpoint).get("sources")
+    if saved is None:
+        if rank() == 0:
+            logger.warning("%s does not say what its run began with: %s not compared", checkpoint, [*sources])
+        return
+    for name, found in fingerprints(sources).items():
+        if found != saved.get(name):
+            raise ValueError(
+                f"{name} is {', '.join(sources[name]) or 'empty'}; the run of {checkpoint} began with something "
+                "else, though under the same name: give what it began with, or begin anew in another output_dir"
+            )
+
+
+def _fingerprint(folder: Path) -> str | None:
+    if (folder / RECORD_FILE).is_file():
+        # has a digest of the text
+        return hashlib.sha256((folder / RECORD_FILE).read_bytes()).hexdigest()
+    return weights_fingerprint(folder) if folder.is_dir() else None

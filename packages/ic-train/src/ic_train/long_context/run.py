@@ -80,7 +80,8 @@ def train(recipe: Recipe) -> LongContextTrainer:
     """Run the recipe.
 
     Raises:
-        ValueError: model, text and processes do not go together, or the checkpoint is of another run.
+        ValueError: model, text and processes do not go together, the checkpoint is of another run, or the run was
+            told to end and could not be saved.
         NonFiniteLossError: the loss is no number.
     """
     args = recipe.training
@@ -131,8 +132,7 @@ def train(recipe: Recipe) -> LongContextTrainer:
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     record["wall_s"] = round(time.perf_counter() - started, 1)
     if stop.stopped:
-        if rank() == 0:
-            stop.mark(args.output_dir)
+        stop.hand_over(trainer)
     elif recipe.run.save_final_model:
         record["tokens"] = trainer.state.global_step * record["identity"]["tokens_per_step"]
         save_final_model(trainer, recipe.model, record, group)

@@ -139,7 +139,7 @@ async def make_pairs(
 
 def _groups(plan: PairPlan) -> Iterator[_Group]:
     for kind in plan.kinds:
-        each = 1 if kind == "single" else plan.pairs_per_context
+        each = _pairs_per_context(plan, kind)
         number = 0
         for tokens in plan.lengths_tokens:
             for start in range(0, plan.pairs, each):
@@ -147,6 +147,10 @@ def _groups(plan: PairPlan) -> Iterator[_Group]:
                 ids = [f"{kind}-{tokens}-{start // each}-{place}" for place in places]
                 yield _Group(kind=kind, context_tokens=tokens, number=number, ids=ids)
                 number += 1
+
+
+def _pairs_per_context(plan: PairPlan, kind: str) -> int:
+    return 1 if kind == "single" else plan.pairs_per_context
 
 
 def _build(plan: PairPlan, group: _Group) -> HardContext:
@@ -158,7 +162,7 @@ def _build(plan: PairPlan, group: _Group) -> HardContext:
             plan.tokenizer,
             plan.wording,
             context_tokens=group.context_tokens - reserved,
-            count=1 if group.kind == "single" else plan.pairs_per_context,
+            count=_pairs_per_context(plan, group.kind),
             seed=plan.seed,
             number=group.number,
             held_out=False,
@@ -236,10 +240,11 @@ def _write(plan: PairPlan, group: _Group, made: HardContext, answers: Records, w
         fault = fault_of(said, one, elsewhere) if name in answers.by_id else None
         if fault:
             one = _with_taken(one, said, elsewhere)
-            text = in_right_form(said, fault, one, elsewhere, plan.wording)
+            text = _cut_to_room(plan, one, in_right_form(said, fault, one, elsewhere, plan.wording))
             wrong = _Wrong(text=text, source="model", fault=fault, said=said)
         else:
-            fault = faults[(group.number * plan.pairs_per_context + place) % len(faults)]
+            turn = group.number * _pairs_per_context(plan, group.kind) + place
+            fault = faults[turn % len(faults)]
             wrong = _Wrong(text=wrong_answer(one, plan.wording, fault, rng), source="made", fault=fault)
         short = writer.add_tokens(_short(plan, one, seed=int(rng.integers(2**31))))
         writer.add_pair(_line(plan, group, name, made.depth(one), one, wrong, extent, short))
@@ -281,6 +286,23 @@ def _with_taken(asked: Asked, said: str, elsewhere: dict[str, Fact]) -> Asked:
     return asked if taken is None or taken in asked.facts else replace(asked, others=(*asked.others, taken))
 
 
+def _cut_to_room(plan: PairPlan, asked: Asked, text: str) -> str:
+    """A model's answer, or as much of it as its contexts leave room for.
+
+    A model's own words may have more tokens than it was allowed: a byte that is no UTF-8 comes back as a character
+    of three. Cut, they are still what it says, as they are where it does not come to an end by itself.
+    """
+    room = _reserved_tokens(plan) - len(_question_ids(plan, asked))
+    if len(_answer_ids(plan, text)) <= room:
+        return text
+    # one for the end of text
+    kept = _spelled(plan, text)[: room - 1]
+    # what is stored has to read back as the same tokens: no cut through a character
+    while _spelled(plan, cut := plan.tokenizer.decode(kept, clean_up_tokenization_spaces=False)) != kept:
+        kept.pop()
+    return cut
+
+
 def _line(
     plan: PairPlan,
     group: _Group,
@@ -293,8 +315,7 @@ def _line(
 ) -> dict[str, Any]:
     right = right_answer(asked, plan.wording)
     chosen, rejected = _answer_ids(plan, right), _answer_ids(plan, wrong.text)
-    question = _question(plan, asked)
-    question_ids = plan.tokenizer(question, add_special_tokens=False)["input_ids"]
+    question_ids = _question_ids(plan, asked)
     used = context[1] + len(question_ids) + max(len(chosen), len(rejected))
     assert used <= group.context_tokens, f"{name} has {used} tokens"
     return {
@@ -303,7 +324,7 @@ def _line(
         "context_tokens": group.context_tokens,
         "depth": depth,
         "key": asked.key,
-        "question": question,
+        "question": _question(plan, asked),
         "chosen": right,
         "rejected": wrong.text,
         "rejected_source": wrong.source,
@@ -322,8 +343,7 @@ def _check_spelling(plan: PairPlan) -> None:
     wording = plan.wording
     sentence = wording.needle.format(key=LONGEST_NAME, digits="13579")
     for text in (sentence, wording.answer.format(digits="24680", quote=sentence.strip()), wording.no_answer):
-        ids = plan.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        spelled = plan.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        spelled = plan.tokenizer.decode(_spelled(plan, text), clean_up_tokenization_spaces=False)
         if spelled != text:
             raise ValueError(
                 f"the tokenizer cannot spell {text!r}; it reads back as {spelled!r}: give another one"
@@ -334,8 +354,17 @@ def _question(plan: PairPlan, asked: Asked) -> str:
     return plan.wording.question.format(key=asked.key)
 
 
+def _question_ids(plan: PairPlan, asked: Asked) -> list[int]:
+    return plan.tokenizer(_question(plan, asked), add_special_tokens=False)["input_ids"]
+
+
+def _spelled(plan: PairPlan, text: str) -> list[int]:
+    """Token ids of text, special tokens that it spells out included: they stay text."""
+    return plan.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def _answer_ids(plan: PairPlan, text: str) -> list[int]:
-    ids = plan.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = _spelled(plan, text)
     end = plan.tokenizer.eos_token_id
     return ids if end is None else [*ids, end]
 

@@ -116,6 +116,47 @@ class Preferences:
         """`[pairs]` int64, lengths of the prompts, without reading them."""
         return np.array([line["context"][1] + len(line["question_ids"]) for line in self._lines], np.int64)
 
+    def split(self, validation_pairs: int, seed: int) -> tuple[list[int], list[int]]:
+        """Numbers of the pairs to train on and of those to measure, each in random order.
+
+        Pairs of a context have its text, its facts and its distractors in common: they stay together, for what
+        was learnt of them by heart would pass for what was understood.
+
+        Args:
+            validation_pairs: least to measure; contexts are taken whole until there are so many.
+            seed: of the order.
+
+        Raises:
+            ValueError: no context would be left to train on.
+        """
+        order = np.random.default_rng(seed).permutation(len(self)).tolist()
+        pairs_of = Counter(self._context(number) for number in order)
+        measured: set[int] = set()
+        count = 0
+        # in the order of their first pairs
+        for context, pairs in pairs_of.items():
+            if count >= validation_pairs:
+                break
+            measured.add(context)
+            count += pairs
+        if len(measured) == len(pairs_of):
+            raise ValueError(
+                f"validation_pairs is {validation_pairs}; that leaves nothing to train on: there are {len(self)} "
+                f"pairs in {len(pairs_of)} contexts, and those of a context stay together"
+            )
+        return (
+            [number for number in order if self._context(number) not in measured],
+            [number for number in order if self._context(number) in measured],
+        )
+
+    def contexts(self, numbers: Sequence[int]) -> int:
+        """How many contexts these pairs have between them."""
+        return len({self._context(number) for number in numbers})
+
+    def _context(self, number: int) -> int:
+        """Where a pair's context starts, which tells it from others."""
+        return self._lines[number]["context"][0]
+
     def _prompt(self, extent: list[int], question_ids: list[int]) -> np.ndarray:
         start, length = extent
         return np.concatenate([self._tokens[start : start + length], question_ids]).astype(np.int64)

@@ -24,12 +24,13 @@ from transformers import (
 
 from ic_train.metrics import peak_tflops, training_flop_per_token
 from ic_train.trainers.distillation_loss import IGNORED, DistillationWeights, hidden_distance, token_losses
+from ic_train.trainers.finite import FiniteLoss
 from ic_train.trainers.muon import MuonWithAdamW
 
 OPTIMIZERS = ("adamw", "muon")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(FiniteLoss, Trainer):
     """Trains on packed sequences `input_ids [B, T]`.
 
     Args:

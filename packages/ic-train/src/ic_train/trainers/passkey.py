@@ -16,12 +16,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ic_train.data.curriculum import Curriculum, CurriculumBatches, single_batch
 from ic_train.data.passkey import KEY_DIGITS
 from ic_train.metrics import ThroughputMeter
+from ic_train.trainers.finite import FiniteLoss
 
 # steps whose mean decides whether a stage was passed
 GATE_STEPS = 20
 
 
-class PasskeyTrainer(Trainer):
+class PasskeyTrainer(FiniteLoss, Trainer):
     """Trains on `CurriculumBatches` and logs the share of pass keys answered right.
 
     Args:

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ic_train.checkpoints.saving import CheckpointWriter, load_checkpoint, restore_rng
-from ic_train.distributed import any_process
+from ic_train.checkpoints.folders import leave_others
+from ic_train.checkpoints.saving import (
+    CheckpointWriter,
+    load_checkpoint,
+    random_states,
+    read,
+    restore_rng,
+)
+from ic_train.distributed import any_process, rank
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -38,6 +46,8 @@ class Restartable(_Base):
     files: dict[str, str]
     _not_finite: torch.Tensor | None = None
     _last_finite_step = 0
+    # those that the present step began with, and the steps done by then
+    _step_began: tuple[int, dict[str, Any]] | None = None
 
     def keep_whole(
         self, *, group: Any, writer: CheckpointWriter, record: dict[str, Any], files: dict[str, str]
@@ -56,15 +66,26 @@ class Restartable(_Base):
         self.files = files
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; what is being saved is whole when this returns.
+        """Train; what is being saved is whole when this returns, or is among the writer's failed steps.
 
         Raises:
             NonFiniteLossError: the loss or its gradient became no number.
+            ValueError: the checkpoint to resume from is damaged, or the output folder cannot be written.
         """
+        if checkpoint := kwargs.get("resume_from_checkpoint"):
+            # transformers would begin at step 0 without it, and does not say what it cannot read
+            read(Path(checkpoint) / TRAINER_STATE_NAME, lambda file: TrainerState.load_from_json(str(file)))
         result = super().train(*args, **kwargs)
         self._stop_on_nonfinite()
         self.writer.finish()
         return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on a batch."""
+        done = self.state.global_step
+        if self._step_began is None or self._step_began[0] != done:
+            self._step_began = (done, random_states())
+        return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log, unless there is nothing left to train."""
@@ -89,7 +110,13 @@ class Restartable(_Base):
             self.lr_scheduler,
             {**self.files, TRAINER_STATE_NAME: state},
             self.record,
+            rng_states=self._states_of_step_begun(),
         )
+
+    def _states_of_step_begun(self) -> dict[str, Any] | None:
+        """The random states to do a step again from that is given up between its batches; None: it is done."""
+        began = self._step_began
+        return began[1] if began is not None and began[0] == self.state.global_step else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm; one that is no number means weights that will be none, though the loss still was one."""
@@ -104,6 +131,15 @@ class Restartable(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             load_checkpoint(Path(checkpoint), self.model_wrapped, _plain(self.optimizer), self.lr_scheduler)
+            # not before: what cannot be loaded is no reason to leave the others
+            self._leave_others(Path(checkpoint))
+
+    def _leave_others(self, checkpoint: Path) -> None:
+        if rank() == 0:
+            try:
+                leave_others(self.args.output_dir, checkpoint)
+            except OSError as error:
+                raise ValueError(f"{self.args.output_dir} cannot be written: {error}") from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
