@@ -61,6 +61,8 @@ def test_a_recipe_is_what_its_head_says(path: Path, tmp_path: Path) -> None:
 def test_a_preference_recipe_trains(path: Path, tmp_path: Path) -> None:
     ICConfig().save_pretrained(tmp_path / "model")
     flags = ["--config", str(path), "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    # the pairs are the user's
+    flags += ["--preferences", "pairs"]
     # a GPU's options are parsed on the CPU
     flags += ["--bf16", "false", "--use_cpu", "true"]
     kinds = (dpo.PreferenceArguments, dpo.PreferenceTrainingArguments)

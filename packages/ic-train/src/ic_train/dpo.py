@@ -327,8 +327,7 @@ def train(arguments: PreferenceArguments, training: PreferenceTrainingArguments)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     record["wall_s"] = clock.wall_s
     if stop.stopped:
-        if rank() == 0:
-            stop.mark(training.output_dir)
+        stop.hand_over(trainer)
     else:
         save_final_model(trainer, arguments.of_model(), record, group)
     # a process that leaves while the others still write takes their connections with it
