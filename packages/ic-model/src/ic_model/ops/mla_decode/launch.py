@@ -23,8 +23,7 @@ HOPPER_TILE_TOKENS = 64
 CREW_ROWS = 64
 # of the kernel that combines, per multiprocessor
 COMBINE_PROGRAMS = 4
-# each program looks at the lengths of all sequences at once, to find its place
-MAX_SEQUENCES = 4096
+MAX_SEQUENCES = 4096  # each program looks at the lengths of all at once, to find its place
 # the interpreter has no multiprocessors; a few programs show the splitting
 INTERPRETED_PROCESSORS = 4
 FP8 = torch.float8_e4m3fn
@@ -60,14 +59,11 @@ def triton_refuses(
             f"accepted: multiples of {ALIGNED}"
         )
     # without it rows are read number by number, as with other strides
-    starts = {"q": q.data_ptr(), "kv_cache": kv_cache.data_ptr()}
-    for name, start in starts.items():
-        if reason is None and start % 16:
-            reason = f"{name} begins at address {start:#x}; accepted: multiples of 16"
+    for name, tensor in (("q", q), ("kv_cache", kv_cache)):
+        if reason is None and tensor.data_ptr() % 16:
+            reason = f"{name} begins at address {tensor.data_ptr():#x}; accepted: multiples of 16"
     if reason is None and kv_lora_rank > 256 and _capability(q.device) < (8, 0):
-        reason = (
-            f"kv_lora_rank is {kv_lora_rank}; accepted below capability 8.0: up to 256, for shared memory"
-        )
+        reason = f"kv_lora_rank is {kv_lora_rank}; accepted below capability 8.0: up to 256 (shared memory)"
     return reason
 
 
