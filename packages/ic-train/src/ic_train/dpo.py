@@ -58,9 +58,9 @@ from ic_train.preferences.store import Preferences, load_preferences
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
 from ic_train.tracking import LocalMetrics, guard_trackers, prepare_trackers
 from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
+from ic_train.trainers.finite import NonFiniteLossError
 from ic_train.trainers.long_context import keep_sums_in_float32
 from ic_train.trainers.preferences import OBJECTIVES, PairCollator, PreferenceTrainer
-from ic_train.trainers.restartable import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from ic_train.results import commit, device_name
 from ic_train.trainers.distillation import OPTIMIZERS, DistillationTrainer, TimeLimit
 from ic_train.trainers.distillation_loss import DistillationWeights
 from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
+from ic_train.trainers.finite import NonFiniteLossError
 from ic_train.trainers.padded_attention import register_padded_sdpa
-from ic_train.trainers.restartable import NonFiniteLossError
 
 RECORD_FILE = "training.json"
 _CARRIED = ("conversion.json", "conversion.png", "generation_config.json")

@@ -41,7 +41,7 @@ from ic_train.metrics import ThroughputMeter
 from ic_train.recipe import read_recipe
 from ic_train.results import commit, device_name
 from ic_train.trainers import MuonWithAdamW, PasskeyTrainer
-from ic_train.trainers.restartable import NonFiniteLossError
+from ic_train.trainers.finite import NonFiniteLossError
 
 HIDDEN_MATRICES = ("optim", "muon")
 RECORD_FILE = "training.json"

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ic_train.evaluation.client import ServerError
-from ic_train.evaluation.records import hold_settings
+from ic_train.evaluation.records import hold_settings, read_settings
 from ic_train.evaluation.report import compare, read_report
 from ic_train.evaluation.serving import serve
 from ic_train.evaluation.thresholds import check, load_thresholds, require_measured
@@ -177,19 +177,18 @@ def _hold_weights(out: Path, model: Path, answers: Path) -> None:
 
     if not (model / "config.json").is_file():
         return
+    weights = {"weights": weights_fingerprint(model)}
     if not answers.is_file() or not answers.stat().st_size:
         # nothing was answered with the weights of then
         (out / _WEIGHTS_FILE).unlink(missing_ok=True)
-    elif not (out / _WEIGHTS_FILE).is_file():
+        hold_settings(out, weights, file=_WEIGHTS_FILE)
+        return
+    held = read_settings(out, file=_WEIGHTS_FILE)
+    if held != weights:
+        whose = f"of other weights than {model} has now" if held else "and not of which weights they are"
         raise ValueError(
-            f"{out} holds answers, and not of which weights they are; move it away, or give another --out"
+            f"{out} holds answers{'' if held else ','} {whose}; move it away, or give another --out"
         )
-    try:
-        hold_settings(out, {"weights": weights_fingerprint(model)}, file=_WEIGHTS_FILE)
-    except ValueError:
-        raise ValueError(
-            f"{out} holds answers of other weights than {model} has now; move it away, or give another --out"
-        ) from None
 
 
 def load_config(path: Path) -> dict[str, Any]:

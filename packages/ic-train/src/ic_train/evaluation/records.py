@@ -97,9 +97,21 @@ def require_ids(path: Path, records: Iterable[str], wanted: Iterable[str]) -> No
 
 
 def read_settings(folder: Path, *, file: str = SETTINGS_FILE) -> dict[str, Any]:
-    """The settings that a folder holds; none where it holds no run."""
+    """The settings that a folder holds; none where it holds no run.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
     path = folder / file
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        held = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no settings: {error!r}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds no settings, but {type(held).__name__}")
+    return held
 
 
 def hold_settings(folder: Path, settings: dict[str, Any], *, file: str = SETTINGS_FILE) -> None:

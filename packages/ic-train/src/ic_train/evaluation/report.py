@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ic_train.evaluation.passkey import wilson_interval
 from ic_train.evaluation.plots import plot_passkey
-from ic_train.evaluation.records import SETTINGS_FILE
+from ic_train.evaluation.records import read_settings
 from ic_train.results import write_result
 
 REPORT_FILE, TABLE_FILE = "report.json", "report.md"
@@ -58,20 +59,21 @@ class Pairs:
     neither: int
 
 
-def write_report(folder: Path, rows: list[dict[str, Any]], *, seed: int) -> str:
+def write_report(folder: Path, rows: list[dict[str, Any]], *, seed: int, notes: Sequence[str] = ()) -> str:
     """Write report.json, report.md and a heat map per task; the Markdown table.
 
     Args:
         folder: the run's.
         rows: retrieval rows with their samples, and perplexity rows.
         seed: of the run.
+        notes: sentences below the table, without their full stop.
     """
     for row in rows:
         if row["task"] != "perplexity":
             row["low"], row["high"] = wilson_interval(row["correct"], row["total"])
     write_result(folder, "evaluation", rows, seed=seed)
     (folder / "result.json").replace(folder / REPORT_FILE)
-    table = compare({folder.name: rows})
+    table = "\n".join([compare({folder.name: rows}), *(f"{note}.\n" for note in notes)])
     (folder / TABLE_FILE).write_text(table)
     for task in dict.fromkeys(row["task"] for row in rows):
         # a question about several places has no depth
@@ -96,14 +98,8 @@ def read_report(folder: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text())["rows"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no report: {error!r}") from None
-    held = path.parent / SETTINGS_FILE
-    if not held.is_file():
-        return rows
-    try:
-        settings = json.loads(held.read_text())
-    except ValueError as error:
-        raise ValueError(f"{held} holds no settings: {error!r}") from None
-    return [{**row, "settings": settings} for row in rows]
+    settings = read_settings(path.parent)
+    return [{**row, "settings": settings} for row in rows] if settings else rows
 
 
 def compare(runs: dict[str, list[dict[str, Any]]]) -> str:

@@ -21,7 +21,7 @@ from ic_train.evaluation.perplexity import (
     repetition_note,
 )
 from ic_train.evaluation.records import Records, hold_settings
-from ic_train.evaluation.report import TABLE_FILE, write_report
+from ic_train.evaluation.report import write_report
 from ic_train.evaluation.ruler import (
     RulerQuestion,
     check_ruler,
@@ -139,7 +139,10 @@ async def evaluate(run: Run, engine: Engine, model: PreTrainedModel | None = Non
             else:
                 await _ask(_part(run, suite, tokens), engine, records, tokens)
         rows = [row for suite, tokens in asked for row in _rows(run, suite, tokens, records)]
-    return _write_report(run, rows, notes)
+    repeated = [repetition_note(row) for row in rows if row["task"] == PERPLEXITY]
+    # a length has a row for each bin
+    notes += dict.fromkeys(note for note in repeated if note)
+    return write_report(run.folder, rows, seed=run.plan.seed, notes=notes)
 
 
 def _check(run: Run) -> dict[tuple[str, int], str]:
@@ -154,17 +157,6 @@ def _check(run: Run) -> dict[tuple[str, int], str]:
         (suite, tokens), why = next(iter(left_out.items()))
         raise ValueError(f"--lengths has {tokens}; {suite} {why}, and no other task takes it")
     return left_out
-
-
-def _write_report(run: Run, rows: list[dict[str, Any]], notes: list[str]) -> str:
-    """The report, with notes below its table."""
-    table = write_report(run.folder, rows, seed=run.plan.seed)
-    repeated = [repetition_note(row) for row in rows if row["task"] == PERPLEXITY]
-    # a length has a row for each bin
-    notes = [*notes, *dict.fromkeys(note for note in repeated if note)]
-    table = "\n".join([table, *(f"{note}.\n" for note in notes)])
-    (run.folder / TABLE_FILE).write_text(table)
-    return table
 
 
 def _part(run: Run, suite: str, tokens: int) -> _Part:

@@ -41,9 +41,9 @@ from ic_train.profiling import StepProfile
 from ic_train.runs import RUN_FILE, resume_point, run_record, save_final_model
 from ic_train.tracking import LocalMetrics, guard_trackers, prepare_trackers
 from ic_train.trainers.feed_forward import choose_feed_forward, fuse_feed_forward
+from ic_train.trainers.finite import NonFiniteLossError
 from ic_train.trainers.linear_loss import add_loss_head, choose_loss
 from ic_train.trainers.long_context import LongContextTrainer
-from ic_train.trainers.restartable import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 

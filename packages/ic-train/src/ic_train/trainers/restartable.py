@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -25,27 +24,16 @@ from ic_train.checkpoints.saving import (
     read,
     restore_rng,
 )
-from ic_train.distributed import any_process, rank
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from ic_train.distributed import rank
+from ic_train.trainers.finite import NonFiniteLossError, StopsOnNonFinite
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or its gradient is no number; nothing was saved since both were."""
-
-
-class Restartable(_Base):
+class Restartable(StopsOnNonFinite):
     """Stands before a Trainer in a class's bases; `keep_whole` is called once that one is made."""
 
-    group: Any
     writer: CheckpointWriter
     record: dict[str, Any]
     files: dict[str, str]
-    _not_finite: torch.Tensor | None = None
-    _last_finite_step = 0
     # those that the present step began with, and the steps done by then
     _step_began: tuple[int, dict[str, Any]] | None = None
 
@@ -87,18 +75,6 @@ class Restartable(_Base):
             self._step_began = (done, random_states())
         return super().training_step(*args, **kwargs)
 
-    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log, unless there is nothing left to train."""
-        if "loss" in logs:
-            self._stop_on_nonfinite()
-        super().log(logs, *args, **kwargs)
-
-    def note_if_not_finite(self, value: torch.Tensor) -> None:
-        """Remember a loss that is no number, for the next line of the log or the next save."""
-        # stays on the device: reading it here would make every step wait for the GPU
-        bad = ~torch.isfinite(value)
-        self._not_finite = bad if self._not_finite is None else self._not_finite | bad
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._stop_on_nonfinite()
         self.state.stateful_callbacks["TrainerControl"] = self.control.state()
@@ -117,13 +93,6 @@ class Restartable(_Base):
         """The random states to do a step again from that is given up between its batches; None: it is done."""
         began = self._step_began
         return began[1] if began is not None and began[0] == self.state.global_step else None
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm; one that is no number means weights that will be none, though the loss still was one."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(norm, torch.Tensor):
-            self.note_if_not_finite(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        return norm
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: weights come with the optimiser's states, once the model is sharded."""
@@ -146,16 +115,12 @@ class Restartable(_Base):
             restore_rng(Path(checkpoint))
 
     def _stop_on_nonfinite(self) -> None:
-        """Raise on all ranks where the loss of any is no number."""
-        bad = self._not_finite is not None and bool(self._not_finite)
-        if any_process(bad, self.group):
+        try:
+            super()._stop_on_nonfinite()
+        except NonFiniteLossError:
+            # what is being saved is of before
             self.writer.finish()
-            raise NonFiniteLossError(
-                "the loss or its gradient became infinite or no number after step "
-                f"{self._last_finite_step}, at or before step {self.state.global_step}; nothing was saved since. "
-                "Resume from the last checkpoint with a lower learning_rate or max_grad_norm, or another seed"
-            )
-        self._last_finite_step = self.state.global_step
+            raise
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
