@@ -278,4 +278,4 @@ def test_values_are_gathered_when_the_next_tile_has_come():
     from ic_model.ops.mla_decode.aot import hopper_variant
 
     with pytest.raises(AotError, match=r"(?s)does not compile: .*the next tile has come"):
-        compile_variant(hopper_variant(256, 128, "bf16", "bf16", gathers=1, block_rows=128, slots=1), 90)
+        compile_variant(hopper_variant(256, 128, "bf16", "bf16", slots=1), 90)

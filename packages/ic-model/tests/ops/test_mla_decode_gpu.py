@@ -66,13 +66,13 @@ def test_a_query_in_two_tensors(implementation, rank, heads, kv_dtype):
         assert torch.equal(left, right)
 
 
-@pytest.mark.parametrize(("rank", "slots"), [(256, 2), (256, 3), (128, 3), (512, 2)])
+@pytest.mark.parametrize(("rank", "slots"), [(256, 2), (256, 3), (128, 3)])
 @pytest.mark.parametrize(("heads", "query_tokens"), [(128, 1), (32, 4), (48, 3)])
 def test_weights_gathered_by_their_makers(heads, query_tokens, rank, slots):
-    """The form for many rows, which nothing chooses by itself yet; rings go round many times."""
+    """The form for many rows, also where others are faster; rings go round many times."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel for Hopper needs one")
-    parameters = {"gathers": 1, "block_rows": 128 if rank <= 256 else 64, "slots": slots, "messages": 1}
+    parameters = {"gathers": 1, "block_rows": 128, "slots": slots, "messages": 1}
     for lens in (LENS, torch.randint(3000, 9000, (64,)).tolist()):
         lens = [max(length, query_tokens) if length else 0 for length in lens]
         made = model_problem(lens, rank=rank, heads=heads, query_tokens=query_tokens)

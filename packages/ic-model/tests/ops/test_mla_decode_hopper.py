@@ -93,14 +93,6 @@ def test_two_crews_of_rows(decode, heads, slots):
     decode(latent_problem([500, 130, 3, 66], heads=heads, query_tokens=4), block_rows=128, slots=slots)
 
 
-@pytest.mark.parametrize("messages", [1, 2])
-@pytest.mark.parametrize("slots", [2, 3])
-@pytest.mark.parametrize("query_tokens", [1, 4])
-def test_two_crews_of_columns(decode, query_tokens, slots, messages):
-    made = latent_problem([200, 70, 0, 3, 64], rank=512, heads=20, query_tokens=query_tokens)
-    decode(made, block_rows=64, gathers=1, slots=slots, messages=messages)
-
-
 @pytest.mark.parametrize("query_tokens", [1, 4])
 def test_two_crews_of_values(decode, query_tokens):
     decode(latent_problem([200, 70], rank=512, heads=32, query_tokens=query_tokens), block_rows=64)

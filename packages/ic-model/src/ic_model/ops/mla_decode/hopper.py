@@ -77,7 +77,7 @@ def decode_hopper_kernel(
                     (
                         lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
                         latent, empty, weights, factors, told, heard,
-                        LEFT, PARTS, 128, BLOCK_SEQS, ROWS_FIRST,
+                        LEFT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
@@ -116,7 +116,7 @@ def decode_hopper_kernel(
                     (
                         lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
                         latent, empty, weights, factors, told, heard,
-                        LEFT, PARTS, 128, BLOCK_SEQS, ROWS_FIRST,
+                        LEFT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
@@ -124,7 +124,7 @@ def decode_hopper_kernel(
                     (
                         lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
                         latent, empty, weights, factors, told, heard,
-                        RIGHT, PARTS, 128, BLOCK_SEQS, ROWS_FIRST,
+                        RIGHT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (
@@ -155,7 +155,7 @@ def decode_hopper_kernel(
                     (
                         lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows,
                         latent, empty, weights, factors, told, heard,
-                        LEFT, PARTS, 128, BLOCK_SEQS, ROWS_FIRST,
+                        LEFT, PARTS, BLOCK_SEQS, ROWS_FIRST,
                     ),
                 ),
                 (

@@ -28,6 +28,8 @@ from ic_model.ops.mla_decode.hopper_list import advance, segment, work_list
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 LN_2 = gl.constexpr(0.6931471805599453)
+# columns of one instruction: ptxas holds it to the registers that each thread begins with, of 512 threads 128
+WIDEST = gl.constexpr(128)
 
 
 @gluon.jit
@@ -174,14 +176,10 @@ def scores(
 @gluon.jit
 def values(
     lens_ptr, out_ptr, partial_ptr, num_seqs, num_rows, latent, empty, weights, factors, told, heard,
-    PART: gl.constexpr, PARTS: gl.constexpr, WIDEST: gl.constexpr, BLOCK_SEQS: gl.constexpr,
+    PART: gl.constexpr, PARTS: gl.constexpr, BLOCK_SEQS: gl.constexpr,
     ROWS_FIRST: gl.constexpr,
 ):
-    """Gather one part of the columns by the weights, tile after tile, and write each segment's result.
-
-    ptxas holds the WIDEST instruction, in columns, to the registers that each thread begins with: of 512 threads
-    128 registers, which hold 128 columns.
-    """
+    """Gather one part of the columns by the weights, tile after tile, and write each segment's result."""
     SLOTS: gl.constexpr = latent.shape[0] // PARTS
     TILE: gl.constexpr = latent.shape[1]
     COLUMNS: gl.constexpr = latent.shape[2]

@@ -232,7 +232,7 @@ def mla_decode_hopper(
     batch, query_tokens, heads, _ = q.shape
     row_dim = kv_cache.shape[2]
     shape = {"row_dim": row_dim, "rows": query_tokens * heads, "kv_bytes": kv_cache.element_size()}
-    parameters = launch_parameters(OP, q.device, kernel="hopper", **shape)
+    parameters = launch_parameters(OP, q.device, kernel="hopper", batch=batch, **shape)
     split = _split(q, parameters["block_rows"], HOPPER_TILE_TOKENS)
     page_stride, token_stride, _ = kv_cache.stride()
     constants = hopper_constants(parameters, query_tokens, kv_lora_rank, kv_cache.shape[1])
@@ -275,22 +275,21 @@ def hopper_constants(
 
     The kernel is `hopper_rows.py`'s where the crew that makes the weights `gathers`, too, else `hopper.py`'s.
     """
-    many = parameters["gathers"] or parameters["block_rows"] >= CREW_ROWS
     shared = {
         "QUERY_TOKENS": query_tokens,
         "C": kv_lora_rank,
         "PAGE_TOKENS": page_tokens,
         "BLOCK_ROWS": parameters["block_rows"],
         "TILE": HOPPER_TILE_TOKENS,
-        # with 64 rows the sums of 256 columns are what the registers of four warps hold
-        "PARTS": 2 if many and kv_lora_rank > 256 else 1,
         "SLOTS": parameters["slots"],
-        "MESSAGES": parameters["messages"],
     }
     if parameters["gathers"]:
         return shared
     return {
         **shared,
+        # with 64 rows the sums of 256 columns are what the registers of four warps hold
+        "PARTS": 2 if parameters["block_rows"] >= CREW_ROWS and kv_lora_rank > 256 else 1,
+        "MESSAGES": parameters["messages"],
         # fp8 tiles may come in pieces
         "STEP": parameters["step"],
         "WIDE_SLOTS": parameters["wide_slots"],
@@ -303,7 +302,7 @@ def descriptor_blocks(
     kv_lora_rank: int, element_bytes: int, constants: Mapping[str, Any]
 ) -> list[tuple[list[int], int]]:
     """Block shape and swizzle, in bytes, of the descriptors for latent and rope columns."""
-    widths = (kv_lora_rank // constants["PARTS"], ROPE_DIM)
+    widths = (kv_lora_rank // constants.get("PARTS", 1), ROPE_DIM)
     rows = constants.get("STEP", constants["TILE"])
     return [([rows, columns], min(columns * element_bytes, 128)) for columns in widths]
 
