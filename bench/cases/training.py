@@ -8,10 +8,10 @@
     python -m bench.cases.training --model ic-nano --toy            # two steps on the CPU: shows that it works
 
 Each case is a process of its own, `accelerate launch --config_file accelerate/one-gpu.yaml -m ic_train.sft`, on
-random weights and real text, with settings from `settings/training.json`. The first window of steps is left out where
-there is another. MFU is what `ic_train.metrics` counts: three times the forward pass, attention with its causal half, no
-recomputation, over the dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over the windows that
-count.
+random weights and real text, with settings from `settings/training.json`. The first window of steps is left out
+where there is another. MFU is what `ic_train.metrics` counts: three times the forward pass, attention with its
+causal half, no recomputation, over the dense bf16 peak of the data sheet. Utilisation is the mean of NVML's over
+the windows that count.
 """
 
 from __future__ import annotations

@@ -27,9 +27,10 @@ def training_table(rows: Sequence[Row]) -> str:
     for row in sorted(newest.values(), key=lambda row: (*(row[field] for field in order), _batch(row))):
         busy = f"{row['gpu_util']:.1%}" if "gpu_util" in row else "-"
         batch = f"{_batch(row)}{', recomputed' if _recomputes(row) else ''}"
+        made_by = f"`{row['impl']}`{', first step' if row.get('compiles') else ''}"
         lines.append(
             f"| {row['model']} | {row['tokens_per_sequence']:,} | {batch} | {row['gpus']}, {row['ring']} "
-            f"| `{row['impl']}` | {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} | {busy} | {row['peak_gib']:.1f} "
+            f"| {made_by} | {row['tokens_per_s']:,.0f} | {row['mfu']:.1%} | {busy} | {row['peak_gib']:.1f} "
             f"| {row['gpu']} | `{row['result']}` |"
         )
     return "\n".join(lines)

@@ -96,7 +96,8 @@ def save_final_model(
         folder = Path(trainer.args.output_dir)
         record |= {
             "optimizer": {
-                name: str(getattr(trainer.args, name))
+                # of an enumeration the name that its argument takes
+                name: str(getattr(value := getattr(trainer.args, name), "value", value))
                 for name in ("optim", "learning_rate", "weight_decay", "adam_beta2", "lr_scheduler_type")
             },
             "precision": "bf16" if trainer.args.bf16 else "fp32",

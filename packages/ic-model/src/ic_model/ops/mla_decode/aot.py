@@ -53,8 +53,7 @@ def variants(capability: int) -> list[AotVariant]:
         # other numbers of rows have launch parameters of their own
         found += [hopper_variant(256, 16, element, kv) for kv in (element, "fp8e4nv")]
         found.append(hopper_variant(512, 32, element, element))
-        # one sequence has its own, too
-        found.append(hopper_variant(256, 128, element, element, batch=1))
+        found.append(hopper_variant(256, 64, element, element))
     for batch in (1, 128):
         found.append(_combine(capability, batch, element))
     found.append(_combine(capability, 1, element, rows=16, block_rows=16))
@@ -92,9 +91,7 @@ def _plain(capability: int, kv_lora_rank: int, rows: int, element: str, *, fp8: 
     )
 
 
-def hopper_variant(
-    kv_lora_rank: int, rows: int, element: str, kv: str, *, batch: int = 8, **changes: int
-) -> AotVariant:
+def hopper_variant(kv_lora_rank: int, rows: int, element: str, kv: str, **changes: int) -> AotVariant:
     """A kernel for Hopper.
 
     Args:
@@ -102,12 +99,10 @@ def hopper_variant(
         rows: heads times query tokens.
         element: Triton type of queries and results.
         kv: of the cached rows.
-        batch: sequences.
         changes: launch parameters other than those of the tuning file.
     """
     row_dim, kv_bytes = kv_lora_rank + ROPE_DIM, 1 if kv == "fp8e4nv" else 2
-    shape = {"row_dim": row_dim, "rows": rows, "kv_bytes": kv_bytes, "batch": batch}
-    parameters = launch_parameters(OP, 90, kernel="hopper", **shape)
+    parameters = launch_parameters(OP, 90, kernel="hopper", row_dim=row_dim, rows=rows, kv_bytes=kv_bytes)
     parameters |= changes
     kernel = decode_hopper_rows_kernel if parameters["gathers"] else decode_hopper_kernel
     signature = _signature(kernel, {"q_ptr": element, "q_rope_ptr": element, "out_ptr": element})
@@ -118,7 +113,7 @@ def hopper_variant(
         signature[name] = f"tensordesc<{kv}{block},{layout!r}>"
     registers = parameters["max_registers"]
     return AotVariant(
-        name=f"hopper {row_dim}, {rows} rows, {kv}" + (f", batch {batch}" if batch != 8 else ""),
+        name=f"hopper {row_dim}, {rows} rows, {kv}",
         function=kernel,
         signature=signature,
         constants=constants | {"BLOCK_SEQS": BLOCK_SEQS, "PDL": True},

@@ -232,7 +232,7 @@ def mla_decode_hopper(
     batch, query_tokens, heads, _ = q.shape
     row_dim = kv_cache.shape[2]
     shape = {"row_dim": row_dim, "rows": query_tokens * heads, "kv_bytes": kv_cache.element_size()}
-    parameters = launch_parameters(OP, q.device, kernel="hopper", batch=batch, **shape)
+    parameters = launch_parameters(OP, q.device, kernel="hopper", **shape)
     split = _split(q, parameters["block_rows"], HOPPER_TILE_TOKENS)
     page_stride, token_stride, _ = kv_cache.stride()
     constants = hopper_constants(parameters, query_tokens, kv_lora_rank, kv_cache.shape[1])
