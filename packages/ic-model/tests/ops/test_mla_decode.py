@@ -273,9 +273,17 @@ def test_the_reference_serves_where_no_kernel_can():
 
 
 @pytest.mark.aot
-def test_values_are_gathered_when_the_next_tile_has_come():
-    """With one place for tiles a crew would wait for itself."""
+@pytest.mark.parametrize(
+    ("rank", "changes", "said"),
+    [
+        # with one place for tiles a crew would wait for itself
+        (256, {"slots": 1}, "the next tile has come"),
+        (256, {"block_rows": 64}, "half of the rows"),
+        (512, {"gathers": 1, "block_rows": 128, "slots": 2}, "do not fit a crew's registers"),
+    ],
+)
+def test_what_two_crews_of_rows_cannot_be_launched_with(rank, changes, said):
     from ic_model.ops.mla_decode.aot import hopper_variant
 
-    with pytest.raises(AotError, match=r"(?s)does not compile: .*the next tile has come"):
-        compile_variant(hopper_variant(256, 128, "bf16", "bf16", slots=1), 90)
+    with pytest.raises(AotError, match=rf"(?s)does not compile: .*{said}"):
+        compile_variant(hopper_variant(rank, 128, "bf16", "bf16", **changes), 90)
