@@ -174,9 +174,13 @@ def test_training_table():
         {**row, "result": "new"},
         {**row, "flags": row["flags"] + more, "result": "x"},
         {**row, "gpus": 2},
+        # a first step does not replace others
+        {**row, "compiles": True, "result": "one"},
+        {**row, "compiles": True, "result": "one", "tokens_per_sequence": 9000},
         {**failed, "impl": "torch", "error": "no memory"},
     ]
     assert _table("training gpus=1", rows)[2:] == [
         "| ic-1b | 8,192 | 2 | 1, 1 | `ours` | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `new` |",
         "| ic-1b | 8,192 | 12, recomputed | 1, 1 | `ours` | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `x` |",
+        "| ic-1b | 9,000 | 2 | 1, 1 | `ours`, first step | 33,538 | 36.5% | 98.3% | 51.7 | NVIDIA H100 | `one` |",
     ]

@@ -15,6 +15,8 @@ _SAME = ("model", "tokens_per_sequence", "impl", "gpu")
 def training_table(rows: Sequence[Row]) -> str:
     """Speed, MFU, utilisation and memory of the trainer, a line per model, length, batch and implementation."""
     named = ("model", "tokens_per_sequence", "gpus", "ring", "impl", "gpu")
+    # the time of a first step stands only where there is no other
+    rows = sorted(rows, key=lambda row: not row.get("compiles", False))
     newest = {(*(row[field] for field in named), _batch(row), _recomputes(row)): row for row in rows}
     lines = [
         (
@@ -53,6 +55,7 @@ def _flag(row: Row, name: str) -> str:
 
 def scaling_table(rows: Sequence[Row]) -> str:
     """Several GPUs beside one: tokens per second and GPU, memory and, in a ring, losses, which are to be equal."""
+    rows = [row for row in rows if not row.get("compiles")]
     one = {_work(row): row for row in rows if row["gpus"] == 1}
     newest = {(*_work(row), row["gpus"], row["ring"]): row for row in rows if row["gpus"] > 1}
     lines = [

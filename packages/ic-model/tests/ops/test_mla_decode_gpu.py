@@ -72,7 +72,7 @@ def test_weights_gathered_by_their_makers(heads, query_tokens, rank, slots):
     """The form for many rows, also where others are faster; rings go round many times."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel for Hopper needs one")
-    parameters = {"gathers": 1, "block_rows": 128, "slots": slots, "messages": 1}
+    parameters = {"gathers": 1, "block_rows": 128, "slots": slots}
     for lens in (LENS, torch.randint(3000, 9000, (64,)).tolist()):
         lens = [max(length, query_tokens) if length else 0 for length in lens]
         made = model_problem(lens, rank=rank, heads=heads, query_tokens=query_tokens)

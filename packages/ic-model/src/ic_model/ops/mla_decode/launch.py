@@ -165,7 +165,7 @@ def mla_decode_triton(
     split = _split(q, parameters["block_rows"], parameters["block_tokens"])
     constants = triton_constants(parameters, query_tokens, kv_lora_rank, row_dim, kv_cache.shape[1])
 
-    def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+    def _launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         decode_kernel[(split.programs, split.row_blocks)](
             q,
             q_rope,
@@ -192,7 +192,7 @@ def mla_decode_triton(
             **options,
         )
 
-    return _run(q, seq_lens, kv_lora_rank, split, launch)
+    return _run(q, seq_lens, kv_lora_rank, split, _launch)
 
 
 def triton_constants(
@@ -239,7 +239,7 @@ def mla_decode_hopper(
 
     kernel = decode_hopper_rows_kernel if parameters["gathers"] else decode_hopper_kernel
 
-    def launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
+    def _launch(results: tuple[torch.Tensor, ...], options: dict[str, Any]) -> None:
         if parameters["max_registers"]:
             options = {**options, "maxnreg": parameters["max_registers"]}
         kernel[(split.programs, split.row_blocks)](
@@ -265,7 +265,7 @@ def mla_decode_hopper(
             **options,
         )
 
-    return _run(q, seq_lens, kv_lora_rank, split, launch)
+    return _run(q, seq_lens, kv_lora_rank, split, _launch)
 
 
 def hopper_constants(
